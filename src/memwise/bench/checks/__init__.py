@@ -1,0 +1,1 @@
+"""One check a file: `run(method, data, seed)` judges a method beside its baseline and controls."""

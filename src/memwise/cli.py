@@ -1,0 +1,258 @@
+"""The command `memwise`: thin verbs over the library, for people and (`--json`) for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from memwise import __version__, catalogue, cli_memory
+from memwise.catalogue import Entry, Method, Paper
+from memwise.errors import InvalidKnob, MemwiseError, UnknownMethod
+
+app = typer.Typer(
+    name="memwise",
+    help="More memory for AI models from fewer bytes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+cli_memory.register(app)
+
+Name = Annotated[str, typer.Argument(help="A method: its name, or room/name.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Folder with the data sets; otherwise MEMWISE_DATA.", metavar="DIR"),
+]
+
+
+def main() -> None:
+    """Run the command; errors that memwise raises on purpose become one line and exit code 2."""
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except MemwiseError as problem:
+        print(f"memwise: {problem}", file=sys.stderr)
+        raise SystemExit(2) from problem
+    except BrokenPipeError as closed:
+        # The reader has gone (`| head`). Python would complain when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from closed
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"memwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """More memory for AI models from fewer bytes."""
+
+
+@app.command()
+def demo(
+    db: Annotated[
+        Path | None, typer.Option(help="Keep the memory in this new file.", metavar="FILE")
+    ] = None,
+    embedder: Annotated[str, typer.Option(help="auto, minilm, ngrams or none.")] = "auto",
+) -> None:
+    """Remember real conversations under a byte budget, and show what is found again."""
+    from rich.console import Console
+
+    from memwise.demo import run
+
+    run(Console(), db, embedder)
+
+
+@app.command()
+def methods(
+    glob: Annotated[str, typer.Argument(help="Names to list, with * and ?.")] = "*",
+    room: Annotated[str, typer.Option(help="List one room only.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """List the papers, the methods built from them, and how far the evidence of each goes."""
+    listing = catalogue.methods()
+    rooms = sorted({row.room for row in listing})
+    if room not in ("", *rooms):
+        raise InvalidKnob(f"no room {room!r}; the rooms are {', '.join(rooms)}")
+
+    chosen = [row for row in listing if room in ("", row.room) and _named(row, glob)]
+    if not chosen:
+        raise UnknownMethod(f"no paper or method is named {glob!r}; try '*{glob.strip('*')}*'")
+
+    if as_json:
+        _print_json(
+            {
+                "paper": row.paper,
+                "name": row.name,
+                "room": row.room,
+                "state": row.state,
+                "methods": list(row.methods),
+            }
+            for row in chosen
+        )
+        return
+    table = [
+        (str(row.paper), row.name, row.room, row.state, " ".join(row.methods)) for row in chosen
+    ]
+    _print_table([("id", "paper", "room", "state", "methods"), *table])
+    counts = Counter(row.state for row in chosen)
+    parts = (f"{counts[state]} {state}" for state in catalogue.STATES if counts[state])
+    print(f"\n{len(chosen)} papers: {', '.join(parts)}")
+
+
+@app.command()
+def show(name: Name, as_json: AsJson = False) -> None:
+    """Show one method: its paper, claim, knobs, check and recorded evidence."""
+    planned = [
+        row
+        for row in catalogue.methods()
+        if not row.cards and catalogue.snake(row.name) == catalogue.snake(name)
+    ]
+    if planned:
+        _show_paper(planned[0], as_json)
+        return
+
+    entry = catalogue.find(name)
+    if as_json:
+        _print_json([_as_dict(entry)])
+        return
+    print(f"{entry.key}: {entry.summary}")
+    if entry.about is not None:
+        print(_reference(entry.about))
+    print(f"\nclaim     {entry.claim}")
+    print(f"state     {catalogue.state(entry)}")
+    if entry.negative:
+        print(f"negative  {entry.negative}")
+    print(f"check     {entry.check}, beside {entry.baseline}")
+    print(f"effect    {entry.better} by more than {entry.margin:g}")
+    if entry.requires:
+        print(f"requires  {', '.join(entry.requires)}")
+
+    if entry.knobs:
+        print()
+        head = ("knob", "type", "default", "meaning")
+        _print_table([head, *((k.name, k.type, k.default, k.doc) for k in entry.knobs)])
+    _show_rows(entry)
+
+
+@app.command()
+def check(
+    name: Name,
+    data: Data = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the rows as the method's evidence.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a method's check beside its baseline and controls; exit 0 only where the effect shows."""
+    from memwise.bench import engine
+
+    print(f"checking {name} ...", file=sys.stderr)
+    report = engine.check(name, data=data, seed=seed, record=record)
+    if as_json:
+        _print_json(report.json())
+    else:
+        print(report.text())
+    raise typer.Exit(0 if report.effect else 1)
+
+
+@app.command()
+def bench(
+    room: Annotated[str, typer.Argument(help="A room, such as recall.")],
+    data: Data = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the rows and the plot.", metavar="DIR"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a room side by side: quality, bytes and seconds of every method."""
+    from memwise.bench import engine
+
+    print(f"running {room} side by side ...", file=sys.stderr)
+    comparison = engine.bench(room, data=data, out=out)
+    if as_json:
+        _print_json(comparison.json())
+    else:
+        print(comparison.text())
+
+
+def _named(row: Method, glob: str) -> bool:
+    names = (row.name, *row.methods, *(key.partition("/")[2] for key in row.methods))
+    return any(fnmatchcase(name.lower(), glob.lower()) for name in names)
+
+
+def _show_paper(row: Method, as_json: bool) -> None:
+    if as_json:
+        _print_json([{**asdict(row.about), "state": row.state}])
+    else:
+        print(f"{row.name}: {row.state}, room {row.room}\n{_reference(row.about)}")
+
+
+def _reference(paper: Paper) -> str:
+    return " ".join(part for part in (paper.title, f"({paper.year})", paper.link) if part)
+
+
+def _show_rows(entry: Entry) -> None:
+    recorded = catalogue.rows(entry)
+    if not recorded:
+        print(f"\nno evidence recorded; run: memwise check {entry.key} --record")
+        return
+    print()
+    table = [("metric", "value", entry.baseline, "95 % interval of the difference", "data")]
+    for row in recorded:
+        low, high = row["interval"]
+        interval = f"[{low:+.4g}, {high:+.4g}]"
+        table.append(
+            (row["metric"], f"{row['value']:.4g}", f"{row['baseline']:.4g}", interval, row["data"])
+        )
+    _print_table(table)
+
+
+def _as_dict(entry: Entry) -> dict[str, Any]:
+    return {
+        **asdict(entry),
+        "path": f"{entry.room}/policies/{entry.path.name}",
+        "state": catalogue.state(entry),
+        "rows": catalogue.rows(entry),
+    }
+
+
+def _print_json(records: Iterable[object]) -> None:
+    for record in records:
+        print(json.dumps(record, ensure_ascii=False))
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The mechanisms behind recall: time, text, extraction, embedding, storage, search and packing."""

@@ -1,0 +1,1 @@
+"""One paper a file: what is derived, how it is ranked, packed and forgotten."""
