@@ -128,10 +128,9 @@ def _notes(n: int, data: Path | None) -> list[dict[str, Any]]:
     chats = [turn.text for one in talks for turn in one.turns]
     lines = [line.strip() for _, text in books(data) for line in text.splitlines()]
     texts = list(dict.fromkeys([*chats, *(line for line in lines if len(line) > 20)]))
-    step = 7919  # a prime: pairs do not repeat before all lines met
-    while len(texts) < n:
-        i = len(texts)
-        texts.append(f"{texts[i - step]} {texts[i * step % i]}")
+    n_lines = len(texts)
+    pairs = ((i % n_lines, (7 * i + i // n_lines + 1) % n_lines) for i in range(n - n_lines))
+    texts += [f"{texts[a]} {texts[b]}" for a, b in pairs]
     return [
         {
             "role": "user", "content": text, "at": _BEGAN + i, "actor": "note",

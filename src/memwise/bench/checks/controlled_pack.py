@@ -36,7 +36,7 @@ def run(method: Any, data: Path | None, seed: int) -> list[Row]:
     pooled = longmemeval(data)
     asked = cases([pooled], N_QUESTIONS, seed, n_candidates=1)
     model = local_model()
-    arms = {"method": method, "baseline": baseline, "recent only": load("recent")()}
+    arms = {"method": method, "baseline": baseline, "recent only": load("most_recent")()}
     found = {}
     with told(pooled, method, encoder) as memory:
         for name, policy in arms.items():
