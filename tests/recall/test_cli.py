@@ -225,6 +225,8 @@ def test_ctrl_c_while_adding_keeps_whole_items_only(db: Path) -> None:
         [sys.executable, "-m", "memwise.cli", "add", "-", "--db", str(db)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=_environment(),
+        # A shell that runs this in the background has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as running:  # fmt: skip
         assert running.stdin is not None
         assert running.stderr is not None

@@ -70,7 +70,9 @@ def run(method: Any, data: Path | None, seed: int) -> list[Row]:
         "every depth is solved every time": bool(mine.all()),
         f"every context fits {WINDOW} tokens": max(sizes) <= WINDOW,
         "a single shot solves depth 0": bool(once[depth == 0].all()),
-        "killed in the middle of a chain, another process ends it": _resumes(windowed, chains[-1]),
+        "left in the middle of a chain, another agent ends it from the file": _resumes(
+            windowed, chains[-1]
+        ),
         "a block edit over the limit is rejected and changes nothing": _rejects(method),
     }
     rows = []

@@ -61,6 +61,8 @@ class SCM(Policy):
         baseline="truncated",
         better="lower",
         margin=0.0,
+        negative="gold nll 2.46 against 2.42 nats of cutting off: a sentence taken from a turn "
+        "holds no more evidence a token than the turn; the gate works (0.70 skipped, none missed)",
     )
     activated: int = 6
     recency_weight: float = 0.1
