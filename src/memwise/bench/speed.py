@@ -109,12 +109,12 @@ def speed(data: Path | None = None, sizes: Sequence[int] = SIZES) -> dict[str, l
         data: folder of the data sets, for more chats and books than those that ship.
         sizes: notes in the memory when it is searched.
     """
-    notes = _notes(max([*sizes, 6_000]), data)
+    notes = _notes(max([*sizes, 3_000]), data)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         rows = {
             "add with MiniLM, beside the embedder alone": [_embedding(notes[:512], place)],
-            "add lists of 100, beside bare FTS5": _lists(notes[:6_000], place),
+            "add lists of 100, beside bare FTS5": _lists(notes[:3_000], place),
             "add one by one, beside bare FTS5": [_singles(notes[:1_500], place)],
         }
         for size in sizes:
