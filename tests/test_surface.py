@@ -180,6 +180,62 @@ def test_an_error_is_one_line_and_exit_code_2(arguments: tuple[str, ...], messag
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ad",), "no such command 'ad'. Did you mean 'add'? (see `memwise --help`)"),
+        (("add",), "missing argument 'TEXT|FILE|-' (see `memwise add --help`)"),
+        (("show", "x", "--nope"), "no such option: --nope (see `memwise show --help`)"),
+        (("add", "x", "--db"), "option '--db' requires an argument (see `memwise add --help`)"),
+        (("serve", "--port", "0"), "invalid value for '--port': "),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_that_points_to_the_help(
+    arguments: tuple[str, ...], message: str
+) -> None:
+    done = _memwise(*arguments, expect=2)
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"memwise: {message}")
+    assert done.stderr.endswith("--help`)\n")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (("show", "nonesuch", "--json"), "UnknownMethod"),
+        (("show", "--json"), "UsageError"),
+        (("get", "t1", "--db", "none.db", "--json"), "InvalidKnob"),
+    ],
+)
+def test_with_json_an_error_is_json_too(arguments: tuple[str, ...], kind: str) -> None:
+    done = _memwise(*arguments, expect=2)
+    told = json.loads(done.stderr)
+    assert told["error"] == kind
+    assert set(told) == {"error", "message"}
+
+
+def test_a_file_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    done = _memwise("bench", "recall", "--out", str(tmp_path), "--data", "/nonexistent", expect=2)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("memwise: ")
+
+
+def test_the_help_is_printed_where_nothing_was_asked() -> None:
+    assert "Usage: memwise [OPTIONS] COMMAND" in _memwise(expect=2).stdout
+    assert "Usage: memwise add [OPTIONS]" in _memwise("add", "--help").stdout
+
+
+@pytest.mark.parametrize("coding", ["ascii", "cp1252"])
+def test_a_pipe_carries_utf_8_whatever_the_locale(coding: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "memwise.cli", "show", "日本", "--json"],
+        capture_output=True,
+        env={**_environment(), "PYTHONIOENCODING": coding, "PYTHONUTF8": "0"},
+    )
+    assert "日本" in json.loads(done.stderr.decode("utf-8"))["message"]
+
+
 def test_the_version_is_printed() -> None:
     assert _memwise("--version").stdout == f"memwise {memwise.__version__}\n"
 
@@ -201,7 +257,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for other processes")
-def test_ctrl_c_ends_quietly_with_130() -> None:
+def test_ctrl_c_ends_with_one_line_and_130() -> None:
     wait = (
         "import time, memwise.cli\n"
         "@memwise.cli.app.command()\n"
@@ -223,7 +279,7 @@ def test_ctrl_c_ends_quietly_with_130() -> None:
         assert running.stderr is not None
         assert running.stdout.readline().strip() == b"waiting"
         running.send_signal(signal.SIGINT)
-        assert running.stderr.read() == b""
+        assert running.stderr.read() == b"memwise: interrupted\n"
     assert running.returncode == 130
 
 

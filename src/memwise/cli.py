@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memwise import __version__, catalogue, cli_memory
+from memwise import __version__, catalogue, cli_memory, cli_print
 from memwise.catalogue import Entry, Method, Paper
 from memwise.errors import InvalidKnob, MemwiseError, UnknownMethod
 
@@ -29,6 +30,8 @@ app = typer.Typer(
 
 cli_memory.register(app)
 
+_INTERRUPTED = 130
+
 Name = Annotated[str, typer.Argument(help="A method: its name, or room/name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines.")]
 Data = Annotated[
@@ -37,20 +40,74 @@ Data = Annotated[
 ]
 
 
+_UsageError: type[Any] = typer.BadParameter.__mro__[1]
+"""What typer raises for a command line that it cannot read; it has no public name there."""
+
+
 def main() -> None:
-    """Run the command; errors that memwise raises on purpose become one line and exit code 2."""
+    """Run the command, and end with one line on stderr where it cannot be done.
+
+    Exit codes: 0 done; 1 no effect shown, damage found, or the reader has gone; 2 an error that
+    memwise raises on purpose, a wrong command line, or a file that cannot be used; 130 interrupted.
+    With `--json` that line is a JSON object with `error` and `message`, as in REST.
+    """
+    _speak_utf8()
     try:
         try:
-            app()
+            code = app(prog_name="memwise", standalone_mode=False)
         finally:
             sys.stdout.flush()
     except MemwiseError as problem:
-        print(f"memwise: {problem}", file=sys.stderr)
-        raise SystemExit(2) from problem
-    except BrokenPipeError as closed:
+        code = _fail(type(problem).__name__, str(problem))
+    except _UsageError as problem:
+        code = _fail("UsageError", _usage(problem))
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    except BrokenPipeError:
         # The reader has gone (`| head`). Python would complain when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from closed
+        code = 1
+    except OSError as problem:
+        code = _fail(type(problem).__name__, _file_trouble(problem))
+    if code == _INTERRUPTED:
+        _fail("Interrupted", "interrupted")
+    raise SystemExit(code or 0)
+
+
+def _speak_utf8() -> None:
+    """What goes into a pipe or a file is UTF-8; a terminal shows what it can."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            if stream.isatty():
+                stream.reconfigure(errors="replace")
+            else:
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _fail(kind: str, message: str) -> int:
+    if not message:
+        return 2  # the help was printed instead
+    if "--json" in sys.argv:
+        line = json.dumps({"error": kind, "message": message}, ensure_ascii=False)
+    else:
+        line = f"memwise: {cli_print.clean(' '.join(message.split()))}"
+    print(line, file=sys.stderr)
+    return 2
+
+
+def _usage(problem: Any) -> str:
+    """What is wrong with a command line, and where it is said what is right."""
+    said = " ".join(problem.format_message().split()).rstrip(".")
+    if not said:
+        return ""
+    verbs = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]
+    verb = next((word for word in sys.argv[1:2] if word in verbs), "")
+    return f"{said[0].lower()}{said[1:]} (see `{' '.join(['memwise', verb]).strip()} --help`)"
+
+
+def _file_trouble(problem: OSError) -> str:
+    told = (problem.strerror or str(problem)).lower()
+    return f"{told}: {problem.filename!r}" if problem.filename is not None else told
 
 
 def _print_version(wanted: bool) -> None:
@@ -171,7 +228,8 @@ def check(
     """Run a method's check beside its baseline and controls; exit 0 only where the effect shows."""
     from memwise.bench import engine
 
-    print(f"checking {name} ...", file=sys.stderr)
+    if not as_json:
+        cli_print.note(f"checking {name} ...")
     report = engine.check(name, data=data, seed=seed, record=record)
     if as_json:
         _print_json(report.json())
@@ -193,7 +251,8 @@ def bench(
     """Run a room side by side: quality, bytes and seconds of every method."""
     from memwise.bench import engine
 
-    print(f"running {room} side by side ...", file=sys.stderr)
+    if not as_json:
+        cli_print.note(f"running {room} side by side ...")
     comparison = engine.bench(room, data=data, out=out)
     if as_json:
         _print_json(comparison.json())

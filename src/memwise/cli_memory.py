@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_args
 import typer
 
 from memwise import cli_print
+from memwise.budget import Budget
 from memwise.catalogue import need
-from memwise.errors import InvalidKnob, MemwiseError
+from memwise.errors import InvalidKnob, MemwiseError, UnknownItem
 from memwise.recall.api import VERBS, Param, Verb, bank_names, receipt_json
 
 if TYPE_CHECKING:
@@ -196,8 +197,8 @@ def _run_lines(verb: Verb, place: Place, values: dict[str, Any], required: list[
                 call = {**values, required[0]: None, **given}
                 _demand(verb, call, required)
                 result = verb.call(memory, **call)
-            except InvalidKnob as error:
-                raise InvalidKnob(f"{where}: {error}") from error
+            except (InvalidKnob, UnknownItem) as error:
+                raise type(error)(f"{where}: {error}") from error
             if place.as_json:
                 cli_print.as_json({required[0]: call[required[0]], "result": result})
             else:
@@ -420,7 +421,7 @@ def chat(
     """Talk with a model that remembers: one behind --llm, or the local Gemma-3-270M."""
     from memwise.models import local_model, notice
     from memwise.recall.chat import Chat
-    from memwise.recall.engine.llm import ChatClient, parse_llm
+    from memwise.recall.engine.client import ChatClient, parse_llm
 
     place = Place(db, bank, policy, embedder, llm, budget, as_json)
     if llm is None:
@@ -479,13 +480,14 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8765,
     token: Token = None,
+    body: Annotated[str, typer.Option(help="Most bytes of one request, as in 16MiB.")] = "16MiB",
 ) -> None:
     """Serve all banks of a file: REST at /v1, its description at /openapi.json, a page at /."""
     need("serve", what="memwise serve")
     from memwise.serve import Options, Pool, rest
 
     pool = Pool(db, Options(policy, embedder, llm, budget))
-    rest.run(pool, host, port, token)
+    rest.run(pool, host, port, token, Budget(body))
 
 
 def mcp(

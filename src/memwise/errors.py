@@ -4,8 +4,11 @@ MemwiseError
 ├── InvalidKnob (ValueError)      an argument that cannot work
 ├── BudgetExceeded                the bytes asked for are not there
 ├── UnknownMethod (KeyError)      no method of that name
+├── UnknownItem (KeyError)        no item of that id
 ├── MissingExtra (ImportError)    an optional dependency is not installed
 ├── UnsupportedModel              a model of a shape that the room does not know
+├── LLMUnavailable                the language model behind a URL does not answer
+├── EmbedderUnavailable           the embedding model behind a URL does not answer
 └── StoreError
     ├── StoreLocked               another process holds the file
     ├── StoreCorrupt              the file contradicts itself
@@ -35,12 +38,24 @@ class UnknownMethod(MemwiseError, KeyError):
     """No method of that name; the message lists near names."""
 
 
+class UnknownItem(MemwiseError, KeyError):
+    """No item of that id; the message says so if it was forgotten and `undo` brings it back."""
+
+
 class MissingExtra(MemwiseError, ImportError):
     """An optional dependency is absent; the message holds the command that installs it."""
 
 
 class UnsupportedModel(MemwiseError):
     """The model is not of a kind this room can work on; the message lists those that are."""
+
+
+class LLMUnavailable(MemwiseError):
+    """The language model behind the URL gave no usable answer; the message says why."""
+
+
+class EmbedderUnavailable(MemwiseError):
+    """The embedding model behind the URL gave no usable vectors; the message says why."""
 
 
 class StoreError(MemwiseError):

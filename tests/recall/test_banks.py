@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from memwise import Memory
-from memwise.errors import InvalidKnob, StoreError
+from memwise.errors import InvalidKnob, StoreError, UnknownItem
 from memwise.recall.interchange import export_bank
 
 
@@ -51,7 +51,7 @@ def test_reading_sees_its_own_bank_alone(ana: Memory, bo: Memory) -> None:
 
 def test_ids_of_another_bank_name_nothing_here(ana: Memory, bo: Memory) -> None:
     for call in (bo.get, bo.history, bo.delete, lambda id: bo.update(id, "mine")):
-        with pytest.raises(InvalidKnob, match="has no item 't1'"):
+        with pytest.raises(UnknownItem, match="has no item 't1'"):
             call("t1")
     assert ana.get("t1").text == "I live in Lisbon."
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from memwise.errors import InvalidKnob
+from memwise.errors import InvalidKnob, LLMUnavailable
 from memwise.models import LocalModel
 from memwise.recall.chat import Chat, Remote, Said, tagged
-from memwise.recall.engine.llm import ChatClient, LLMUnavailable
+from memwise.recall.engine.client import ChatClient
 
 BLOCK = "<memory>\n2026-05-02\nana: I moved to Lisbon.\n</memory>"
 

@@ -157,6 +157,11 @@ def test_recalled_text_cannot_steer_the_terminal(db: Path) -> None:
         (("search", "-"), '{"query": "tea", "k": "many"}', "stdin, line 1: k='many' must be int"),
         (("search", "-"), '{"question": "tea"}', "stdin, line 1: memwise search needs QUERY"),
         (("get", "t99"), "", "no item 't99'"),
+        (("get", "-"), "t99\n", "stdin, line 1: bank 'default' has no item 't99'"),
+        (("get", ""), "", "ids look like 't12'"),
+        (("search", "tea", "--where", f'{{"a": {10**30}}}'), "", "numbers of at most 64 bits"),
+        (("facts", "--skip", "-1"), "", "skip=-1"),
+        (("timeline", ""), "", "the entity is empty"),
         (("update", "t1"), "", "memwise update needs TEXT"),
         (("forget",), "", "either budget= (bytes) or before="),
         (("forget", "--budget", "64M"), "", "64M"),
@@ -179,6 +184,14 @@ def test_an_error_is_one_clear_line_and_nothing_is_stored(
     assert done.stderr.startswith("memwise: ")
     assert len(done.stderr.splitlines()) == 1
     assert rows(run(db, "stats", "--json"))[0]["n_items"] == 1
+
+
+def test_long_lists_are_read_page_by_page(db: Path) -> None:
+    run(db, "add", "-", text="".join(f'{{"content": "P{i} moved to Rome."}}\n' for i in range(5)))
+    whole = [row["id"] for row in rows(run(db, "facts", "--json"))]
+    pages = [rows(run(db, "facts", "--k", "2", "--skip", str(n), "--json")) for n in (0, 2, 4, 6)]
+    assert [row["id"] for page in pages for row in page] == whole
+    assert [len(page) for page in pages] == [2, 2, 1, 0]
 
 
 def test_bytes_that_are_no_text_are_refused(db: Path, tmp_path: Path) -> None:
@@ -237,7 +250,7 @@ def test_ctrl_c_while_adding_keeps_whole_items_only(db: Path) -> None:
             running.wait(timeout=2)
         running.send_signal(signal.SIGINT)
         running.stdin.close()
-        assert running.stderr.read() == b""
+        assert running.stderr.read() == b"memwise: interrupted\n"
         assert running.wait() == 130
     assert rows(run(db, "stats", "--json"))[0]["items"] == {"turn": 1}
 

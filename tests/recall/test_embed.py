@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memwise.errors import InvalidKnob, MemwiseError, MissingExtra
+from memwise.errors import EmbedderUnavailable, InvalidKnob, MissingExtra
 from memwise.recall.engine import embed_onnx, embed_url, wordpieces
 from memwise.recall.engine.embed import Embedder, NoVectors, SentenceTransformers, embedder
 from memwise.recall.engine.embed_ngrams import Ngrams
@@ -395,7 +395,7 @@ def test_a_busy_server_is_asked_again_after_growing_pauses(server):
 
 def test_a_server_that_stays_busy_is_named_with_its_words(server):
     server.answers = [(503, {}, b"model is loading")] * 4
-    with pytest.raises(MemwiseError, match=r"503.*model is loading.*4 tries"):
+    with pytest.raises(EmbedderUnavailable, match=r"503.*model is loading.*4 tries"):
         Remote(f"{server.url}#tiny", sleep=lambda s: None)
 
 
@@ -415,7 +415,9 @@ def test_a_redirect_is_not_followed_with_the_key(server, monkeypatch):
 
 
 def test_an_unreachable_server_is_said():
-    with pytest.raises(MemwiseError, match="cannot be reached"):
+    with pytest.raises(
+        EmbedderUnavailable, match=r"127\.0\.0\.1:9.* cannot be reached.*start the server"
+    ):
         Remote("http://127.0.0.1:9/v1#tiny", sleep=lambda s: None)
 
 
@@ -432,14 +434,14 @@ def test_an_unreachable_server_is_said():
 )
 def test_an_answer_that_holds_no_vectors_is_shown(server, answer):
     server.answers = [(200, {}, answer)]
-    with pytest.raises(MemwiseError, match=r"/embeddings"):
+    with pytest.raises(EmbedderUnavailable, match=r"/embeddings"):
         Remote(f"{server.url}#tiny")
 
 
 def test_another_width_than_before_is_an_error(server):
     remote = Remote(f"{server.url}#tiny")
     server.answers = [(200, {}, b'{"data": [{"index": 0, "embedding": [1, 2]}]}')]
-    with pytest.raises(MemwiseError, match="2 dimensions, before 3"):
+    with pytest.raises(EmbedderUnavailable, match="2 dimensions, before 3"):
         remote.encode(["hello"])
 
 

@@ -11,19 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memwise.errors import BudgetExceeded, InvalidKnob
+from memwise.errors import BudgetExceeded, InvalidKnob, LLMUnavailable
+from memwise.recall.engine.answers import loose_json
+from memwise.recall.engine.client import ChatClient, Usage, parse_llm
 from memwise.recall.engine.dates import instant
 from memwise.recall.engine.extract import Fact, TurnLike
-from memwise.recall.engine.llm import (
-    LLM,
-    ChatClient,
-    LLMUnavailable,
-    Usage,
-    loose_json,
-    parse_llm,
-    strip_recalled,
-    untagged,
-)
+from memwise.recall.engine.llm import LLM, stood_in
+from memwise.recall.engine.recalled import strip_recalled, untagged
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -508,6 +502,67 @@ def test_sentences_and_entities_cost_no_call(server: Server) -> None:
     assert llm.segment("a.b") == ["a", "b"]
     assert llm.entities("so Ana left") == ["Ana"]
     assert server.requests == []
+
+
+# ---------------------------------------------------------------- outages
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("outage", [Reply(hang=True), Reply(status=503), Reply(status=401)])
+def test_after_an_outage_the_model_is_left_alone_for_a_while(server: Server, outage: Reply) -> None:
+    clock = Clock()
+    client = server.client(timeout_s=0.2, retries=0)
+    llm = LLM(client, Stub(), pause_s=60.0, clock=clock)
+    server.says(outage, facts(FACT))
+    assert [part.extractor for part in llm.marked_facts(TURNS)] == ["rules"]
+    clock.now = 59.9
+    for n in range(5):
+        assert llm.facts_with_origin([Turn(f"Turn {n}.")])[1] == "rules"
+    assert client.usage.calls == 1
+    clock.now = 60.1
+    assert llm.facts_with_origin(TURNS) == ([LISBON], "llm:m")
+
+
+def test_an_answer_that_cannot_be_used_is_no_outage(server: Server) -> None:
+    server.says("junk", Reply(status=400), Reply(status=400), Reply('{"fac', finish="length"), "{}")
+    llm = LLM(server.client(), Stub(), clock=Clock())
+    for n in range(4):
+        llm.facts([Turn(f"Turn {n}.")])
+    assert len(server.requests) == 5
+
+
+def test_each_reason_for_standing_in_is_told_once(server: Server) -> None:
+    llm = LLM(server.client(timeout_s=0.2, retries=0), Stub(), clock=Clock())
+    server.says("junk", Reply(status=503))
+    for n in range(5):
+        llm.facts([Turn(f"Turn {n}.")])
+    form, outage = stood_in(llm)
+    assert form.startswith("rules stood in for llm:m: it answered in another form: no JSON")
+    assert outage.startswith(f"rules stood in for llm:m: {server.url} (m): status 503")
+    assert stood_in(llm) == ()
+    assert stood_in(Stub()) == ()
+
+
+def test_a_reason_is_told_to_the_thread_whose_work_it_was(server: Server) -> None:
+    llm = LLM(server.client(max_calls=0), Stub())
+    other = threading.Thread(target=llm.facts, args=(TURNS,))
+    other.start()
+    other.join()
+    assert stood_in(llm) == ()
+    llm.facts(TURNS)
+    assert len(stood_in(llm)) == 1
+
+
+def test_a_pause_below_zero_is_refused() -> None:
+    with pytest.raises(InvalidKnob, match="pause_s=-1"):
+        LLM(ChatClient("http://host/v1"), Stub(), pause_s=-1)
 
 
 # ---------------------------------------------------------------- reading

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memwise import Memory
-from memwise.errors import InvalidKnob, StoreError, StoreLocked
+from memwise.errors import InvalidKnob, StoreError, StoreLocked, UnknownItem
 from memwise.recall.engine.records import Add
 from memwise.recall.interchange import export_bank
 
@@ -114,7 +114,7 @@ def test_what_was_forgotten_comes_back_and_is_found_again(memory: Memory) -> Non
     receipt = memory.forget(before="2021-01-01")
     assert [why for _, why in receipt.forgotten] == ["older than asked for"] * 2
     assert not memory.search("Lisbon")
-    with pytest.raises(InvalidKnob, match=r"forgot 't1' .*undo\(\) brings it back"):
+    with pytest.raises(UnknownItem, match=r"forgot 't1' .*undo\(\) brings it back"):
         memory.get("t1")
     assert memory.undo() == "forget"
     assert (list(export_bank(memory)), memory.search("Lisbon")) == before

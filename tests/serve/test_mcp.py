@@ -91,6 +91,80 @@ def test_what_did_not_fit_is_counted(memory: Memory) -> None:
     meet(memory, talk)
 
 
+def test_a_list_that_goes_on_says_where_the_next_page_begins(memory: Memory) -> None:
+    memory.add([f"Person{i} moved to Rome." for i in range(60)], actor="ana")
+    whole = [hit.id for hit in memory.facts()]
+    assert len(whole) >= 60
+
+    async def talk(client: Client) -> None:
+        for name, asked in (
+            ("facts", {"max_tokens": 600}),
+            ("timeline", {"entity": "rome", "k": 7}),
+        ):
+            seen: list[str] = []
+            page: Any = {"next_skip": 0}
+            while isinstance(page, dict) and "next_skip" in page:
+                page = await call(client, name, **asked, skip=page["next_skip"])
+                listed = page if isinstance(page, list) else page["results"]
+                assert len(listed) < len(whole)
+                seen += [hit["id"] for hit in listed]
+            assert seen == whole
+
+    meet(memory, talk)
+
+
+def test_a_large_graph_is_read_page_by_page_with_whole_texts(memory: Memory) -> None:
+    ring = [f"node {i}" for i in range(80)]
+    entities = [{"name": n, "entityType": "place", "observations": [f"{n} is old"]} for n in ring]
+    relations = [
+        {"from": a, "to": b, "relationType": "near"}
+        for a, b in zip(ring, ring[1:] + ring[:1], strict=True)
+    ]
+
+    async def talk(client: Client) -> None:
+        await call(client, "create_entities", entities=entities, max_tokens=10_000)
+        await call(client, "create_relations", relations=relations, max_tokens=10_000)
+        shown, edges, skip, pages = [], [], 0, 0
+        while skip is not None:
+            page = await call(client, "read_graph", max_tokens=500, skip=skip)
+            shown += page["entities"]
+            edges += [edge for edge in page["relations"] if edge not in edges]
+            skip, pages = page.get("next_skip"), pages + 1
+        assert pages > 5
+        assert shown == entities
+        assert sorted(edges, key=str) == sorted(relations, key=str)
+
+    meet(memory, talk, profile="memory-server")
+
+
+def test_the_banks_facts_and_bytes_are_resources(memory: Memory) -> None:
+    memory.add("I live in Lisbon.", actor="ana", at="2026-05-02")
+
+    async def talk(client: Client) -> None:
+        listed = (await client.list_resources()).resources
+        assert {str(one.uri) for one in listed} == {"memwise://facts", "memwise://report"}
+        assert {one.mime_type for one in listed} == {"application/json"}
+        (facts,) = (await client.read_resource("memwise://facts")).contents
+        assert json.loads(facts.text)[0]["text"] == "ana lives in Lisbon."  # type: ignore[union-attr]
+        (report,) = (await client.read_resource("memwise://report")).contents
+        assert json.loads(report.text)["bytes"] > 0  # type: ignore[union-attr]
+
+    meet(memory, talk)
+
+
+def test_a_resource_is_cut_like_every_result(memory: Memory) -> None:
+    memory.add([f"Person{i} moved to Rome." for i in range(1500)], actor="ana")
+
+    async def talk(client: Client) -> None:
+        (facts,) = (await client.read_resource("memwise://facts")).contents
+        told = json.loads(facts.text)  # type: ignore[union-attr]
+        assert len(facts.text) <= 4 * 16_000  # type: ignore[union-attr]
+        assert told["next_skip"] == len(told["results"])
+        assert told["left_off"] + len(told["results"]) == len(memory.facts())
+
+    meet(memory, talk)
+
+
 def test_a_single_long_text_is_cut_visibly() -> None:
     shown = json.loads(fitted({"id": "t1", "text": "x" * 10_000}, 100))
     assert shown["text"].endswith("…")
@@ -105,6 +179,9 @@ def test_errors_are_errors(memory: Memory) -> None:
             ("search", {"query": "tea", "max_tokens": 3}, "greater than or equal to 64"),
             ("remember", {"content": "tea", "at": "someday"}, "not a time"),
             ("update", {"id": "t9", "text": "x"}, "no item 't9'"),
+            ("update", {"id": "nonsense", "text": "x"}, "ids look like 't12'"),
+            ("facts", {"skip": -1}, "skip=-1"),
+            ("timeline", {"entity": ""}, "the entity is empty"),
             ("forget", {}, "either budget="),
             ("nonesuch", {}, "Unknown tool"),
         ):

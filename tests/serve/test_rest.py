@@ -1,11 +1,13 @@
 import base64
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from memwise import Memory, errors
@@ -16,7 +18,7 @@ pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
 
 from memwise.serve import Options, Pool, UnknownBank
-from memwise.serve.guard import check_exposure
+from memwise.serve.guard import Limit, check_exposure
 from memwise.serve.http import listen
 from memwise.serve.rest import STATUS, create_app
 
@@ -106,7 +108,7 @@ def test_mem0_clients_find_their_routes(client: TestClient) -> None:
     assert client.put(path, params=who, json={"text": "I like coffee."}).status_code == 200
     assert "superseded by" in client.get(f"{path}/history", params=who).text
     assert client.delete(path, params=who).status_code == 200
-    assert client.get(path, params=who).status_code == 400
+    assert client.get(path, params=who).status_code == 404
 
 
 # ---------------------------------------------------------------- errors
@@ -123,7 +125,16 @@ def test_mem0_clients_find_their_routes(client: TestClient) -> None:
         ("add", {"content": {"role": "king", "content": "a"}}, 400, "InvalidKnob", "role='king'"),
         ("add", {"content": ""}, 400, "InvalidKnob", "empty"),
         ("add", {"content": "\0"}, 400, "InvalidKnob", "binary"),
-        ("get", {"id": "t99"}, 400, "InvalidKnob", "no item 't99'"),
+        ("get", {"id": "t99"}, 404, "UnknownItem", "no item 't99'"),
+        ("delete", {"id": "t99"}, 404, "UnknownItem", "no item 't99'"),
+        ("update", {"id": "nonsense", "text": "a"}, 404, "UnknownItem", "ids look like"),
+        ("facts", {"subject": "\ud800"}, 400, "InvalidKnob", "binary"),
+        ("import", {"content": "\ud800"}, 400, "InvalidKnob", "binary"),
+        ("search", {"query": "tea", "where": {"a": "\0"}}, 400, "InvalidKnob", "binary"),
+        ("search", {"query": "tea", "where": {"a": 10**30}}, 400, "InvalidKnob", "64 bits"),
+        ("facts", {"k": 0}, 400, "InvalidKnob", "k=0"),
+        ("facts", {"skip": -1}, 400, "InvalidKnob", "skip=-1"),
+        ("timeline", {"entity": " "}, 400, "InvalidKnob", "the entity is empty"),
         ("forget", {"budget": "1KiB"}, 507, "BudgetExceeded", "at least"),
         ("undo", {"operation": 99}, 409, "StoreError", ""),
     ],
@@ -132,10 +143,116 @@ def test_an_error_is_json_with_a_status(
     client: TestClient, verb: str, body: dict[str, Any], status: int, kind: str, message: str
 ) -> None:
     client.post("/v1/banks/ana/add", json={"content": "Hello."})
-    answer = client.post(f"/v1/banks/ana/{verb}", json=body)
+    headers = {"content-type": "application/json"}
+    answer = client.post(f"/v1/banks/ana/{verb}", content=json.dumps(body), headers=headers)
     assert answer.status_code == status
     assert answer.json()["error"] == kind
     assert message in answer.json()["message"]
+
+
+def test_a_forgotten_item_is_not_found_and_its_answer_names_undo(client: TestClient) -> None:
+    client.post("/v1/banks/ana/add", json={"content": "Hello.", "at": "2020-01-01"})
+    client.post("/v1/banks/ana/forget", json={"before": "2021-01-01"})
+    answer = client.get("/v1/banks/ana/get", params={"id": "t1"})
+    assert answer.status_code == 404
+    assert "undo" in answer.json()["message"]
+
+
+def test_long_lists_are_read_page_by_page(client: TestClient) -> None:
+    for i in range(7):
+        client.post(f"/v1/banks/b{i}/add", json={"content": "tea"})
+        client.post("/v1/banks/ana/add", json={"content": f"P{i} moved to Rome.", "actor": "ana"})
+    for path, asked in (
+        ("/v1/banks", {}),
+        ("/v1/banks/ana/facts", {}),
+        ("/v1/banks/ana/timeline", {"entity": "rome"}),
+    ):
+        whole = client.get(path, params=asked).json()
+        assert len(whole) >= 7
+        pages = [
+            client.get(path, params={**asked, "k": 3, "skip": skip}).json()
+            for skip in range(0, len(whole) + 3, 3)
+        ]
+        assert [one for page in pages for one in page] == whole
+
+
+@pytest.mark.parametrize(
+    ("where", "method", "path", "body", "status", "kind"),
+    [
+        ("path", "GET", "/v1/nothing", b"", 404, "NotFound"),
+        ("method", "GET", "/v1/banks/ana/add", b"", 405, "MethodNotAllowed"),
+        ("half", "POST", "/v1/banks/ana/add", b'{"content": ', 422, "InvalidRequest"),
+        ("bytes", "POST", "/v1/banks/ana/add", b'{"content": "\xff"}', 400, "BadRequest"),
+        ("depth", "POST", "/v1/banks/ana/add", b"[" * 10**5 + b"]" * 10**5, 400, "BadRequest"),
+    ],
+)
+def test_what_the_router_refuses_is_json_too(
+    client: TestClient, where: str, method: str, path: str, body: bytes, status: int, kind: str
+) -> None:
+    headers = {"content-type": "application/json"}
+    answer = client.request(method, path, content=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]) == (status, kind)
+    told = {"half": "the body is not JSON (", "path": "GET /v1/nothing: Not Found"}
+    assert answer.json()["message"].startswith(told.get(where, ""))
+
+
+# ---------------------------------------------------------------- how much may be sent
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_body_over_the_limit_is_refused_and_stores_nothing(pool: Pool, told: bool) -> None:
+    def parts() -> Iterator[bytes]:
+        yield b'{"content": "'
+        yield b"x" * 2000
+        yield b'"}'
+
+    body = b"".join(parts()) if told else parts()
+    with TestClient(create_app(pool, body_bytes=1024), base_url=HERE) as client:
+        answer = client.post("/v1/banks/ana/add", content=body)
+        assert answer.status_code == 413
+        assert answer.json()["error"] == "ContentTooLarge"
+        assert "longer than 1 KiB" in answer.json()["message"]
+        assert client.get("/v1/banks").json() == []
+
+
+def test_a_length_that_is_told_too_short_does_not_help(pool: Pool) -> None:
+    with TestClient(create_app(pool, body_bytes=1024), base_url=HERE) as client:
+        headers = {"content-length": "10"}
+        answer = client.post("/v1/banks/ana/add", content=b"x" * 2000, headers=headers)
+        assert answer.status_code == 413
+
+
+def test_a_client_that_waits_to_be_told_is_told_before_it_sends() -> None:
+    sent: list[Any] = []
+
+    async def ask() -> None:
+        async def never(*_: Any) -> Any:
+            raise AssertionError("nothing is read, and nobody is asked")
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"content-length", b"2000"), (b"expect", b"100-continue")]
+        await Limit(never, 1024)({"type": "http", "headers": headers}, never, send)
+
+    anyio.run(ask)
+    assert sent[0]["status"] == 413
+
+
+def test_a_body_inside_the_limit_arrives_whole(pool: Pool) -> None:
+    content = "é" * 5000
+    with TestClient(create_app(pool, body_bytes=1 << 14), base_url=HERE) as client:
+        receipt = client.post("/v1/banks/ana/add", json={"content": content}).json()
+        texts = (
+            client.get("/v1/banks/ana/get", params={"id": id}).json()["text"]
+            for id in receipt["ids"]
+        )
+        assert "".join(texts) == content
+
+
+def test_a_body_of_ten_megabytes_is_inside_the_default_limit(client: TestClient) -> None:
+    told = {"messages": [], "filters": {"x": "y" * 10_000_000}}
+    assert client.post("/search", json={"query": "x", **told}).status_code == 404
 
 
 def test_every_class_of_error_has_a_status() -> None:

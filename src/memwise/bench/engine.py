@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,17 +166,32 @@ class Comparison:
         ]
 
     def text(self) -> str:
-        """One line a method, one column a metric, bytes and seconds at the end."""
-        metrics = list(dict.fromkeys(row.metric for rows in self.rows.values() for row in rows))
+        """A table for each data set: one line a method, one column a metric, bytes and seconds."""
+        sets = dict.fromkeys(row.data for rows in self.rows.values() for row in rows)
+        return "\n\n".join(self._table(data) for data in sets)
+
+    def _table(self, data: str) -> str:
+        apart = {
+            name: [replace(row, metric=row.metric.removeprefix(f"{data} ")) for row in rows]
+            for name, every in self.rows.items()
+            if (rows := [row for row in every if row.data == data])
+        }
+        metrics = list(dict.fromkeys(row.metric for rows in apart.values() for row in rows))
         body = []
-        for name, rows in self.rows.items():
+        for name, rows in apart.items():
             value = {row.metric: _number(row.value) for row in rows}
-            n_bytes = max((row.bytes for row in rows), default=0)
-            seconds = max((row.seconds for row in rows), default=0.0)
+            n_bytes = max(row.bytes for row in rows)
+            seconds = max(row.seconds for row in rows)
             cells = [name, *(value.get(metric, "-") for metric in metrics)]
             body.append([*cells, readable(n_bytes) if n_bytes else "-", f"{seconds:.1f}"])
         head = ["method", *metrics, "bytes", "seconds"]
-        return "\n".join(_table([head, *body], left=("method",)))
+        lines = [data] if data else []
+        lines += _table([head, *body], left=("method",))
+        goals = [
+            (name, goal) for name, rows in apart.items() for r in rows for goal in r.behaves.items()
+        ]
+        lines += [f"  {'ok' if ok else 'NO'}  {name}: {what}" for name, (what, ok) in goals]
+        return "\n".join(lines)
 
 
 def paired_interval(

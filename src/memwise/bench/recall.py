@@ -90,7 +90,9 @@ def run(data: Path | None) -> dict[str, list[Row]]:
             found = baseline if subject == BASELINE else measure(conversations)
             new = _whole(found, baseline) if name == main else _beside(name, found, baseline)
             rows.setdefault(subject, []).extend(replace(row, data=name) for row in new)
-    return rows | speed(data)
+    for name, measured in speed(data).items():
+        rows[name] = [replace(row, data="Speed, as a ratio of times") for row in measured]
+    return rows
 
 
 def _warm(memo: Memo, conversations: Sequence[Conversation]) -> None:

@@ -11,6 +11,7 @@ import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, get_type_hints
 
@@ -270,6 +271,8 @@ def facts(
     object: str | None = None,
     at: str | None = None,
     known_at: str | None = None,
+    k: int | None = None,
+    skip: int = 0,
 ) -> Json:
     """List facts, oldest first; with a date what was true, or what was believed, then.
 
@@ -279,20 +282,27 @@ def facts(
         object: Only this value.
         at: What was true at this date.
         known_at: What the memory believed at this date.
+        k: Most facts; default is all.
+        skip: So many are left out first: what earlier pages showed.
     """
+    page = _page(k, skip)
     found = memory.facts(subject, relation, object, at=at, known_at=known_at)
-    return [_hit(hit) for hit in found]
+    return [_hit(hit) for hit in found[page]]
 
 
 @hints(read_only=True, idempotent=True)
-def timeline(memory: Memory, entity: str, k: int = 50) -> Json:
+def timeline(memory: Memory, entity: str, k: int = 50, skip: int = 0) -> Json:
     """List what is known of someone or something in the order of time.
 
     Args:
         entity: A name.
         k: Most entries.
+        skip: So many are left out first: what earlier pages showed.
     """
-    return [_hit(hit) for hit in memory.timeline(entity, k)]
+    page = _page(k, skip)
+    if not entity.strip():
+        raise InvalidKnob("the entity is empty; give a name")
+    return [_hit(hit) for hit in memory.timeline(entity, page.stop)[page]]
 
 
 @hints(read_only=True, idempotent=True)
@@ -306,13 +316,16 @@ def get(memory: Memory, id: str) -> Json:
 
 
 @hints(read_only=True, idempotent=True)
-def history(memory: Memory, id: str) -> Json:
+def history(memory: Memory, id: str, k: int | None = None, skip: int = 0) -> Json:
     """List what happened to an item: when it was learnt, from what, and what superseded it.
 
     Args:
         id: The item, for example "t12".
+        k: Most events; default is all.
+        skip: So many are left out first: what earlier pages showed.
     """
-    return list(memory.history(id))
+    page = _page(k, skip)
+    return list(memory.history(id)[page])
 
 
 @hints(read_only=True, idempotent=True)
@@ -340,12 +353,22 @@ def stats(memory: Memory) -> Json:
 
 
 @hints(read_only=True, idempotent=True, operator=True)
-def banks(memory: Memory) -> Json:
-    """List the banks of the file."""
+def banks(memory: Memory, k: int | None = None, skip: int = 0) -> Json:
+    """List the banks of the file.
+
+    Args:
+        k: Most banks; default is all.
+        skip: So many are left out first: what earlier pages showed.
+    """
+    page = _page(k, skip)
     store = memory.view().store
     return [
-        {"bank": bank.name, "policy": bank.policy or "plain", "n_items": len(store.scan(bank))}
-        for bank in store.banks()
+        {
+            "bank": bank.name,
+            "policy": bank.policy or "plain",
+            "n_items": sum(store.counts(bank).values()),
+        }
+        for bank in store.banks()[page]
     ]
 
 
@@ -355,6 +378,35 @@ def export(memory: Memory) -> Json:
     from memwise.recall.interchange import export_bank
 
     return {"content": "".join(f"{line.rstrip()}\n" for line in export_bank(memory))}
+
+
+def _page(k: int | None, skip: int) -> slice:
+    if k is not None and k < 1:
+        raise InvalidKnob(f"k={k}: ask for at least 1 entry")
+    if skip < 0:
+        raise InvalidKnob(f"skip={skip}: leave out 0 or more entries")
+    return slice(skip, None if k is None else skip + k)
+
+
+def _of_text(function: Callable[..., Json]) -> Callable[..., Json]:
+    """The verb behind a check that what is told is text: binary data could not be stored or found.
+
+    What a client sends as JSON may hold any half of a surrogate pair.
+    """
+
+    @wraps(function)
+    def call(memory: Memory, *args: Any, **given: Any) -> Json:
+        from memwise.recall.engine.intake import is_text
+
+        for name, value in given.items():
+            inside = [*value, *value.values()] if isinstance(value, dict) else [value]
+            if not all(is_text(text) for text in inside if isinstance(text, str)):
+                raise InvalidKnob(
+                    f"{name} holds NUL characters or lone surrogates: it looks like binary data"
+                )
+        return function(memory, *args, **given)
+
+    return call
 
 
 # ---------------------------------------------------------------- as JSON
@@ -406,8 +458,8 @@ def _verb(function: Callable[..., Json]) -> Verb:
         bare = types[name].__origin__ if marks else types[name]
         params.append(Param(name, bare, parameter.default, docs[name], _FROM_FILE in marks))
     return Verb(
-        function.__name__.rstrip("_"), function, tuple(params), about.partition("\n")[0], about,
-        function.__dict__["hints"],
+        function.__name__.rstrip("_"), _of_text(function), tuple(params),
+        about.partition("\n")[0], about, function.__dict__["hints"],
     )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from typing import Protocol
 
 from memwise.errors import InvalidKnob
 from memwise.models import LocalModel
-from memwise.recall.engine.llm import ChatClient, strip_recalled, untagged
+from memwise.recall.engine.client import ChatClient
+from memwise.recall.engine.recalled import strip_recalled, untagged
 
 Said = tuple[str, str]
 """What the user said and what was answered."""

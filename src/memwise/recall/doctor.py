@@ -34,8 +34,9 @@ from memwise.recall.engine.examine import (
 )
 from memwise.recall.engine.records import BANK_BITS, SOURCES
 from memwise.recall.engine.salvage import Salvage, open_damaged
-from memwise.recall.engine.store import Code, SQLite
-from memwise.recall.engine.text import spoken, term_bytes
+from memwise.recall.engine.store import SQLite
+from memwise.recall.engine.tables import Code
+from memwise.recall.engine.text import phrased, term_bytes
 from memwise.recall.memory import VECTOR_CODEC
 
 Progress: TypeAlias = Callable[[int, int], object]
@@ -269,25 +270,26 @@ def _embedder_of(store: SQLite) -> Embedder | None:
 def _embed_missing(store: SQLite, made: Embedder, progress: Progress) -> int:
     """Vectors for the sources that have none."""
     rows = store.db.execute(
-        f"SELECT row, actor, text FROM items JOIN codes USING(row) WHERE kind IN {SOURCES} "
+        f"SELECT row, kind, actor, text FROM items JOIN codes USING(row) WHERE kind IN {SOURCES} "
         "AND vector IS NULL ORDER BY row"
     ).fetchall()
     for i in range(0, len(rows), _BATCH):
         part = rows[i : i + _BATCH]
-        blobs = _encoded(made, [(actor, text) for _, actor, text in part])
+        blobs = _encoded(made, [tuple(said) for _, *said in part])
         with store.write():
             store.db.executemany(
                 "UPDATE codes SET vector = ? WHERE row = ?",
-                [(blob, row) for blob, (row, _, _) in zip(blobs, part, strict=True)],
+                [(blob, row) for blob, (row, *_) in zip(blobs, part, strict=True)],
             )
         progress(i + len(part), len(rows))
     return len(rows)
 
 
-def _encoded(made: Embedder, spoken_texts: Sequence[tuple[str, str]]) -> list[bytes | None]:
-    if not made.dim or not spoken_texts:
-        return [None] * len(spoken_texts)
-    vectors = made.encode([spoken(actor, text) for actor, text in spoken_texts], "passage")
+def _encoded(made: Embedder, said: Sequence[tuple[str, ...]]) -> list[bytes | None]:
+    """Stored vectors of texts, each given as (kind, actor, text)."""
+    if not made.dim or not said:
+        return [None] * len(said)
+    vectors = made.encode([phrased(*one) for one in said], "passage")
     coder = codec.codec(VECTOR_CODEC)
     return list(coder.to_bytes(coder.encode(vectors)))
 
@@ -391,11 +393,13 @@ _WANTS = (
     f"kind IN {SOURCES} OR vector NOT NULL "
     "OR NOT EXISTS (SELECT 1 FROM codes WHERE vector NOT NULL)"
 )
-_TO_EMBED = f"SELECT i.row, actor, text, c.terms, {_WANTS} FROM items i JOIN codes c USING(row)"
+_TO_EMBED = (
+    f"SELECT i.row, kind, actor, text, c.terms, {_WANTS} FROM items i JOIN codes c USING(row)"
+)
 
 
 def _following(db: sqlite3.Connection, row: int) -> list[tuple[Any, ...]]:
-    """(row, actor, text, terms, wants a vector) of the items after a row."""
+    """(row, kind, actor, text, terms, wants a vector) of the items after a row."""
     sql = f"{_TO_EMBED} WHERE i.row > ? ORDER BY i.row LIMIT ?"
     return db.execute(sql, (row, _BATCH)).fetchall()
 
@@ -407,9 +411,8 @@ def _late(db: sqlite3.Connection) -> list[tuple[Any, ...]]:
 
 
 def _next_codes(made: Embedder, part: Sequence[tuple[Any, ...]]) -> list[tuple[int, Code]]:
-    wanting = [(actor, text) for _, actor, text, _, wants in part if wants]
-    blobs = iter(_encoded(made, wanting))
-    return [(row, Code(words, next(blobs) if wants else None)) for row, _, _, words, wants in part]
+    blobs = iter(_encoded(made, [tuple(said) for _, *said, _, wants in part if wants]))
+    return [(row, Code(words, next(blobs) if wants else None)) for row, *_, words, wants in part]
 
 
 def _add_next(db: sqlite3.Connection, codes: Sequence[tuple[int, Code]]) -> None:

@@ -38,7 +38,8 @@ from memwise.recall.engine.records import (
     Receipt,
     item_id,
 )
-from memwise.recall.engine.store import Bank, SQLite
+from memwise.recall.engine.store import SQLite
+from memwise.recall.engine.tables import Bank
 from memwise.recall.foreign import FORMATS, Entries, Entry, reader, sniff
 from memwise.recall.memory import Memory, named_policy
 

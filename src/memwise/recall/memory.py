@@ -19,14 +19,15 @@ import numpy as np
 from memwise.budget import Budget, Ledger
 from memwise.catalogue import load
 from memwise.codec import np as codec
-from memwise.errors import EmbedderMismatch, InvalidKnob, MemwiseError, StoreError
+from memwise.errors import EmbedderMismatch, InvalidKnob, MemwiseError, StoreError, UnknownItem
+from memwise.recall.engine.client import ChatClient, parse_llm
 from memwise.recall.engine.dates import instant, iso
 from memwise.recall.engine.embed import Embedder, embedder
 from memwise.recall.engine.extract import Extractor, Rules
 from memwise.recall.engine.index import Floats, Index
 from memwise.recall.engine.intake import CHUNK_CHARACTERS, Content, drafts, is_text
 from memwise.recall.engine.keep import Keeper, checked
-from memwise.recall.engine.llm import LLM, ChatClient, parse_llm
+from memwise.recall.engine.llm import LLM, stood_in
 from memwise.recall.engine.pack import Candidate, as_hit
 from memwise.recall.engine.plain import Plain
 from memwise.recall.engine.policy import Policy, Step, overrides
@@ -42,13 +43,13 @@ from memwise.recall.engine.records import (
     Instant,
     Item,
     Link,
-    Merge,
     Op,
     Receipt,
     Replace,
 )
-from memwise.recall.engine.store import Bank, Code, Conflict, SQLite, digest
-from memwise.recall.engine.text import n_tokens, spoken, term_bytes
+from memwise.recall.engine.store import WITH_NEW, Conflict, SQLite
+from memwise.recall.engine.tables import Bank, Code
+from memwise.recall.engine.text import n_tokens, phrased, spoken, term_bytes
 
 At: TypeAlias = str | int | float | datetime | date
 Tokenizer: TypeAlias = Callable[[str], Any]
@@ -270,17 +271,18 @@ class Memory:
 
     def _with_turns(self, step: Step, adds: list[Add]) -> list[Op]:
         fresh = self._predicted(step, adds)
-        ops = self.policy.on_turns(replace(step, turns=fresh)) if fresh else ()
-        return [*adds, *ops]
+        if not fresh:
+            return [*adds]
+        return [*adds, *self.policy.on_turns(self._step(step.now, step.bank, fresh))]
 
     def _predicted(self, step: Step, adds: list[Add]) -> list[Item]:
         """The items that new turns will be: their rows follow from the bank's next number."""
-        codes = [digest(step.bank.no, a, "", step.now) for a in adds]
-        known = dict.fromkeys(self._store.known(codes))
+        codes, held = self._store.recognize(step.bank, adds, step.now)
+        known = set(held)
         fresh: list[Item] = []
-        for add, code in zip(adds, codes, strict=True):
-            if code not in known:
-                known[code] = None
+        for add in adds:
+            if (code := codes[add]) not in known:
+                known.add(code)
                 row = step.bank.first + step.bank.next + len(fresh)
                 fresh.append(
                     Item(
@@ -299,7 +301,9 @@ class Memory:
             return NOTHING
 
         def plan(step: Step) -> Sequence[Op]:
-            turns = step.scan(*SOURCES, session=last)  # all may have been forgotten meanwhile
+            ended = self._store.last_end(step.bank)
+            turns = [t for t in step.scan(*SOURCES, session=last) if t.row > ended]
+            # all of them may have been forgotten meanwhile
             return self.policy.on_session_end(replace(step, turns=turns)) if turns else ()
 
         return self._plan("session end", now, call, plan)
@@ -339,15 +343,17 @@ class Memory:
     def _apply(
         self, step: Step, ops: Sequence[Op], codes: Mapping[int, Code], verb: str, call: int | None
     ) -> Receipt:
+        notes = stood_in(self._extract)
         if not ops:
-            return Receipt(operation=call)
-        return self._store.apply(
+            return Receipt(operation=call, notes=notes)
+        done = self._store.apply(
             step.bank, ops, at=step.now, verb=verb, codes=codes, policy=self.policy.name,
             expect=step.bank.version, call=call,
         )  # fmt: skip
+        return replace(done, notes=notes) if notes else done
 
     def _codes_of(self, ops: Sequence[Op], done: Mapping[int, Code]) -> dict[int, Code]:
-        adds = [op if isinstance(op, Add) else op.new for op in ops if isinstance(op, _WITH_NEW)]
+        adds = [op if isinstance(op, Add) else op.new for op in ops if isinstance(op, WITH_NEW)]
         return dict(done) | self._codes([a for a in adds if id(a) not in done])
 
     def _codes(self, adds: Sequence[Add]) -> dict[int, Code]:
@@ -355,7 +361,7 @@ class Memory:
         blobs: list[bytes | None] = [None] * len(adds)
         wanted = [i for i, a in enumerate(adds) if a.vector] if self._embedder.dim else []
         if wanted:
-            texts = [spoken(adds[i].actor, adds[i].text) for i in wanted]
+            texts = [phrased(adds[i].kind, adds[i].actor, adds[i].text) for i in wanted]
             vectors = self._embedder.encode(texts, "passage")
             for i, blob in zip(
                 wanted, self._codec.to_bytes(self._codec.encode(vectors)), strict=True
@@ -466,12 +472,13 @@ class Memory:
             receipt = Receipt()
             for session, group in groupby(turns, key=lambda t: t.session):
                 part = list(group)
-                hooks = [("on_turns", self.policy.on_turns)]
+                hooks = [("on_turns", self.policy.on_turns, part[0].row)]
                 if session:
-                    hooks.append(("on_session_end", self.policy.on_session_end))
-                for name, hook in hooks:
+                    ended = part[-1].row + 1
+                    hooks.append(("on_session_end", self.policy.on_session_end, ended))
+                for name, hook, horizon in hooks:
                     if overrides(self.policy, name):
-                        plan = partial(_on, hook, part)
+                        plan = partial(_on, hook, part, horizon)
                         receipt += self._plan("rebuild", now, receipt.operation, plan)
             return receipt
 
@@ -636,10 +643,8 @@ class Memory:
     def stats(self) -> dict[str, int]:
         """Number of live items by kind."""
         with self._guarded():
-            counts: dict[str, int] = {}
-            for item in self._step(self._now()).scan():
-                counts[item.kind] = counts.get(item.kind, 0) + 1
-            return counts
+            step = self._step(self._now())
+            return self._store.counts(step.bank, ("", step.policy))
 
     # ------------------------------------------------------------ inside
 
@@ -692,11 +697,11 @@ class Memory:
             out[there] = self._codec.decode(coded)
         return out
 
-    def _step(self, now: Instant, bank: Bank | None = None) -> Step:
+    def _step(self, now: Instant, bank: Bank | None = None, turns: Sequence[Item] = ()) -> Step:
         self._bank = bank or self._store.refresh(self._bank)
         return Step(
             now, self._store, self._bank, self.policy.name, self._extract, self._encode,
-            self._count, self._open_index,
+            self._count, self._open_index, turns,
         )  # fmt: skip
 
     def _open_index(self, bank: Bank) -> Index:
@@ -726,8 +731,13 @@ class Memory:
             raise InvalidKnob("the query holds lone surrogates or NUL: it looks like binary data")
         if unknown := [kind for kind in kinds if kind not in KINDS]:
             raise InvalidKnob(f"kind {unknown[0]!r}: use some of {', '.join(KINDS)}")
-        if where and not all(isinstance(v, str | int | float | None) for v in where.values()):
-            raise InvalidKnob(f"where={where!r}: compare fields with texts, numbers or None")
+        for value in (where or {}).values():
+            wide = isinstance(value, int) and not -(1 << 63) <= value < 1 << 63
+            if wide or not isinstance(value, str | int | float | None):
+                raise InvalidKnob(
+                    f"where={where!r}: compare fields with texts, numbers of at most 64 bits or "
+                    "None"
+                )
         start, end, true_at, known = (
             None if t is None else instant(t) for t in (since, until, at, known_at)
         )
@@ -785,7 +795,7 @@ class Memory:
                 if hit.kind in SOURCES
                 else tuple(as_hits[r] for r in origins[row] if r in as_hits)
             )
-            out.append(replace(hit, sources=sources))
+            out.append(hit.resting_on(sources))
         return out
 
     def _rows(self, ids: Sequence[str]) -> list[int]:
@@ -793,7 +803,9 @@ class Memory:
 
     def _item(self, id: str, *, forgotten: bool = False) -> Item:
         if not isinstance(id, str) or not id[1:].isdecimal() or len(id) > 12:
-            raise InvalidKnob(f"id={id!r}: ids look like 't12'; take them from search or add")
+            raise UnknownItem(
+                f"id={str(id)[:40]!r}: ids look like 't12'; take them from search or add"
+            )
         row = self._rows([id])[0]
         item = self._store.items([row]).get(row)
         attic = {} if item else self._store.forgotten([row])
@@ -801,7 +813,7 @@ class Memory:
             item = item or attic.get(row)
         if item is None or item.id != id:
             known = attic and attic[row].id == id
-            raise InvalidKnob(
+            raise UnknownItem(
                 f"bank {self.bank!r} forgot {id!r} to keep its budget; undo() brings it back"
                 if known
                 else f"bank {self.bank!r} has no item {id!r}: it never was, or is gone for good"
@@ -814,11 +826,10 @@ class Memory:
         return [link.dst for link in out] + [link.src for link in back]
 
 
-_WITH_NEW = (Add, Replace, Merge)
-
-
-def _on(hook: Callable[[Step], Sequence[Op]], turns: list[Item], step: Step) -> Sequence[Op]:
-    return hook(replace(step, turns=turns))
+def _on(
+    hook: Callable[[Step], Sequence[Op]], turns: list[Item], horizon: int, step: Step
+) -> Sequence[Op]:
+    return hook(replace(step, turns=turns, horizon=horizon))
 
 
 def _in_force(facts: Sequence[Item]) -> list[Item]:

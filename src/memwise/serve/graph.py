@@ -8,7 +8,7 @@ finds them too, with dates; `search_nodes` ranks instead of comparing substrings
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,13 +17,16 @@ from memwise.recall.engine.records import SOURCES, Item
 from memwise.recall.memory import Memory
 
 _TAG = "mcp"
+Skip: TypeAlias = Annotated[
+    int, Field(description="So many entities are left out first: what earlier pages showed.", ge=0)
+]
 _NEAREST = 50  # turns whose entities `search_nodes` shows
 
 
 class Entity(BaseModel):
     """A node: its name is its identity."""
 
-    name: str
+    name: str = Field(min_length=1)
     entityType: str
     observations: list[str] = Field(default_factory=list)
 
@@ -133,10 +136,10 @@ def delete_relations(memory: Memory, relations: list[Relation]) -> dict[str, Any
     return _delete(memory, [r for r in _graph(memory).relations if _edge(r.data) in wanted])
 
 
-def read_graph(memory: Memory) -> dict[str, Any]:
-    """Read all entities and relations."""
+def read_graph(memory: Memory, skip: Skip = 0) -> dict[str, Any]:
+    """Read all entities and relations, page by page where there are many."""
     graph = _graph(memory)
-    return graph.shown(graph.entities)
+    return graph.shown(list(graph.entities)[skip:])
 
 
 def search_nodes(memory: Memory, query: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Who may talk to a server: whoever has the token, and no web page of another site.
+"""Who may talk to a server, and at what length: with the token, and no page of another site.
 
 A server on this machine is reachable by every page that its user's browser shows. So without a
 token only requests addressed to this machine by name pass, and requests that a page of another
@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
+from memwise.budget import readable
 from memwise.errors import InvalidKnob
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -20,6 +21,10 @@ Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+BODY_BYTES = 16 << 20
+"""The longest body of a request, unless another limit is set."""
+_PATIENCE = 8  # limits' worth of a body that is too long are read before it is refused
+_REFUSALS = {401: "Unauthorized", 403: "Forbidden", 413: "ContentTooLarge"}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -63,6 +68,58 @@ class Guard:
         return None
 
 
+class Limit:
+    """An ASGI application that reads a request's body for another one, or answers 413.
+
+    The body is read whole before the application sees any of it, so one that is too long changes
+    nothing, with or without the header that tells its length.
+
+    Args:
+        app: the application behind it.
+        most_bytes: the longest body that passes.
+    """
+
+    def __init__(self, app: App, most_bytes: int = BODY_BYTES) -> None:
+        if most_bytes < 1:
+            raise InvalidKnob(f"most_bytes={most_bytes}: let bodies of at least 1 byte pass")
+        self._app, self._most_bytes = app, most_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"")
+        told = int(length) if length.isdigit() else 0
+        # Most clients read no answer before all is sent, so a long body is read and dropped; one
+        # that waits to be told whether to send it is told at once.
+        patience = 0 if b"expect" in headers and told > self._most_bytes else _PATIENCE
+        messages: list[MutableMapping[str, Any]] = []
+        n_bytes = 0
+        while n_bytes < patience * self._most_bytes and _goes_on(messages):
+            message = await receive()
+            n_bytes += len(message.get("body", b""))
+            if max(n_bytes, told) > self._most_bytes:
+                messages.clear()
+                message["body"] = b""
+            messages.append(message)
+        if max(n_bytes, told) > self._most_bytes:
+            limit = readable(self._most_bytes)
+            await _refuse(send, 413, f"the body is longer than {limit}; send it in several parts")
+            return
+        messages.reverse()
+
+        async def again() -> MutableMapping[str, Any]:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, again, send)
+
+
+def _goes_on(messages: list[MutableMapping[str, Any]]) -> bool:
+    return not messages or bool(messages[-1].get("more_body", False))
+
+
 def check_exposure(host: str, token: str | None) -> None:
     """Refuse to offer memories to a network without a token.
 
@@ -76,10 +133,11 @@ def check_exposure(host: str, token: str | None) -> None:
 
 
 async def _refuse(send: Send, status: int, message: str) -> None:
-    kind = "Unauthorized" if status == 401 else "Forbidden"
-    body = json.dumps({"error": kind, "message": message}).encode()
+    body = json.dumps({"error": _REFUSALS[status], "message": message}).encode()
     headers = [(b"content-type", b"application/json")]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if status == 413:
+        headers.append((b"connection", b"close"))  # the end of the body may not have been read
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

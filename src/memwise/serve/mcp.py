@@ -7,7 +7,9 @@ One server is one bank. Tools are made from the list in `recall/api.py`; a profi
     memory-server   the nine tools of the official MCP memory server, kept in memwise
 
 A result is one text of at most `max_tokens` tokens; what did not fit is counted, never dropped in
-silence. Errors are errors. Arguments that a tool does not know are ignored with a warning.
+silence, and where a list goes on `next_skip` says what to ask for. Errors are errors. Arguments
+that a tool does not know are ignored with a warning. The bank's facts and its bytes are resources
+too, for hosts that show or attach them: `memwise://facts` and `memwise://report`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Annotated, Any
 
 from mcp.server import MCPServer
 from mcp.server.mcpserver.context import Context
-from mcp.server.mcpserver.exceptions import ToolError
+from mcp.server.mcpserver.exceptions import ResourceError, ToolError
+from mcp.server.mcpserver.resources import FunctionResource, Resource
 from mcp.server.mcpserver.tools import Tool
 from mcp.types import CallToolResult, TextContent, ToolAnnotations
 from pydantic import Field
@@ -36,7 +39,9 @@ from memwise.serve.http import listen, serve
 DEFAULT = ("add", "search", "context", "facts", "timeline", "forget", "update", "stats")
 NAMES: Mapping[str, str] = {"add": "remember", "stats": "status"}
 PROFILES = ("default", "all", "memory-server")
+RESOURCES = ("facts", "report")
 MAX_TOKENS = 4000
+RESOURCE_TOKENS = 16_000
 LEAST_TOKENS = 64
 _INSTRUCTIONS = (
     "A long-term memory. Call `context` or `search` before answering anything that may rest on "
@@ -60,7 +65,7 @@ def create_server(memory: Memory, profile: str = "default") -> MCPServer[Any]:
         raise InvalidKnob(f"profile={profile!r}: use one of {', '.join(PROFILES)}")
     server: MCPServer[Any] = MCPServer(
         "memwise", instructions=_INSTRUCTIONS, version=__version__, log_level="WARNING",
-        tools=list(_tools(memory, profile)),
+        tools=list(_tools(memory, profile)), resources=[_resource(memory, n) for n in RESOURCES],
     )  # fmt: skip
     return server
 
@@ -107,6 +112,25 @@ def _tools(memory: Memory, profile: str) -> Iterable[Tool]:
             yield _tool(_call(memory, verb), name, verb.about, verb.hints)
 
 
+def _resource(memory: Memory, name: str) -> Resource:
+    """What a verb without required parameters returns, to be read under a fixed address."""
+    verb = VERBS[name]
+
+    def read() -> str:
+        try:
+            return fitted(_slim(verb.call(memory)), RESOURCE_TOKENS, _first_page(verb))
+        except MemwiseError as problem:
+            raise ResourceError(str(problem)) from problem
+
+    return FunctionResource.from_function(
+        read, f"memwise://{name}", name, name.capitalize(), verb.summary, "application/json"
+    )
+
+
+def _first_page(verb: Verb) -> int | None:
+    return 0 if any(param.name == "skip" for param in verb.params) else None
+
+
 def _tool(function: Callable[..., str], name: str, about: str, hints: Hints) -> Tool:
     return _Tolerant.from_function(
         function, name=name, description=about, structured_output=False,
@@ -131,7 +155,10 @@ def _call(memory: Memory, verb: Verb) -> Callable[..., str]:
         if verb.name == "context":
             assert isinstance(result, dict)
             return result["text"] or "nothing was found"
-        return fitted(_slim(result), max_tokens)
+        skip = given.get("skip")
+        if skip is not None and given["k"] is not None and len(result) == given["k"]:
+            result = {"results": result, "next_skip": skip + given["k"]}
+        return fitted(_slim(result), max_tokens, skip)
 
     kind = inspect.Parameter.KEYWORD_ONLY
     shown = [
@@ -147,9 +174,12 @@ def _call(memory: Memory, verb: Verb) -> Callable[..., str]:
 def _bound(memory: Memory, function: Callable[..., Any]) -> Callable[..., str]:
     def run(max_tokens: int = MAX_TOKENS, **given: Any) -> str:
         try:
-            return fitted(function(memory, **given), max_tokens)
+            result = function(memory, **given)
         except MemwiseError as problem:
             raise ToolError(str(problem)) from problem
+        if isinstance(result, dict) and "entities" in result:
+            return fitted_graph(result, max_tokens, given.get("skip"))
+        return fitted(result, max_tokens)
 
     signature = inspect.signature(function, eval_str=True)
     kept = list(signature.parameters.values())[1:]
@@ -170,11 +200,16 @@ def _signed(
 # ---------------------------------------------------------------- results that fit
 
 
-def fitted(result: Any, max_tokens: int) -> str:
+def fitted(result: Any, max_tokens: int, skip: int | None = None) -> str:
     """A result as JSON of at most `max_tokens` tokens (four characters each).
 
     Of a list, or of the longest list in a mapping, the first elements that fit are kept and the
     others counted; of a single long text the beginning is kept.
+
+    Args:
+        result: what was found.
+        max_tokens: most tokens of the whole.
+        skip: elements of the list that earlier pages showed; None = there are no pages.
     """
     if _tokens(result) <= max_tokens:
         return _json(result)
@@ -182,22 +217,45 @@ def fitted(result: Any, max_tokens: int) -> str:
     lists = [key for key, value in whole.items() if isinstance(value, list)]
     if lists:
         name = max(lists, key=lambda key: len(_json(whole[key])))
-        kept = _most(whole, name, max_tokens)
-        if kept is not None:
-            return _json(kept)
-        whole = {**whole, name: whole[name][:1], "left_off": len(whole[name]) - 1}
+        listed = whole[name]
+
+        def first(n: int) -> dict[str, Any]:
+            return {**whole, name: listed[:n], **_rest(n, len(listed), skip)}
+
+        whole = first(max(1, _most(first, len(listed), max_tokens)))
     return _json(_shortened(whole, max_tokens))
 
 
-def _most(whole: dict[str, Any], name: str, max_tokens: int) -> dict[str, Any] | None:
-    """`whole` with as many first elements of one of its lists as fit; None if not one does."""
-    listed = whole[name]
-    low, high = 0, len(listed)
+def fitted_graph(graph: dict[str, Any], max_tokens: int, skip: int | None = None) -> str:
+    """As many of a graph's first entities as fit, with the relations that one of them is in."""
+    if _tokens(graph) <= max_tokens:
+        return _json(graph)
+    entities = graph["entities"]
+
+    def first(n: int) -> dict[str, Any]:
+        names = {entity["name"] for entity in entities[:n]}
+        relations = [r for r in graph["relations"] if {r["from"], r["to"]} & names]
+        shown = {"entities": entities[:n], "relations": relations}
+        return {**shown, **_rest(n, len(entities), skip)}
+
+    n = _most(first, len(entities), max_tokens)
+    # One entity alone may be too much: then its longest list is cut.
+    return _json(first(n)) if n else fitted(first(1), max_tokens)
+
+
+def _rest(n: int, of: int, skip: int | None) -> dict[str, int]:
+    """What is told beside the first n elements of a list."""
+    left = {"left_off": of - n} if n < of else {}
+    return left if skip is None or not left else {**left, "next_skip": skip + n}
+
+
+def _most(first: Callable[[int], Any], n: int, max_tokens: int) -> int:
+    """How many first elements fit, at most n."""
+    low, high = 0, n
     while low < high:
         middle = (low + high + 1) // 2
-        tried = {**whole, name: listed[:middle], "left_off": len(listed) - middle}
-        low, high = (middle, high) if _tokens(tried) <= max_tokens else (low, middle - 1)
-    return {**whole, name: listed[:low], "left_off": len(listed) - low} if low else None
+        low, high = (middle, high) if _tokens(first(middle)) <= max_tokens else (low, middle - 1)
+    return low
 
 
 def _shortened(whole: Any, max_tokens: int) -> Any:

@@ -2,11 +2,12 @@
 
     GET  /                              the page
     GET  /healthz                       {"status": "ok"}
-    GET  /v1/banks                      the banks of the file
+    GET  /v1/banks?k=&skip=             the banks of the file
     GET  /v1/banks/{bank}/{verb}?...    verbs that only read
     POST /v1/banks/{bank}/{verb}        all verbs, parameters as a JSON object
 
-An error is `{"error": class, "message": text}` with the status in `STATUS`.
+An error is `{"error": class, "message": text}` with the status in `STATUS`; a list is read page by
+page with `k` and `skip`; a body longer than the limit gets 413 before any of it is used.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from importlib.resources import files
 from typing import Annotated, Any, get_args
 
@@ -25,12 +27,12 @@ from fastapi import Body, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, create_model
+from starlette.exceptions import HTTPException
 
 from memwise import __version__, errors
 from memwise.errors import InvalidKnob, MemwiseError
 from memwise.recall.api import VERBS, Param, Verb
-from memwise.recall.engine.llm import LLMUnavailable
-from memwise.serve.guard import App, Guard
+from memwise.serve.guard import BODY_BYTES, App, Guard, Limit
 from memwise.serve.http import listen, serve
 from memwise.serve.mem0 import mem0_routes
 from memwise.serve.pool import Pool, UnknownBank
@@ -38,6 +40,7 @@ from memwise.serve.pool import Pool, UnknownBank
 STATUS: Mapping[type[MemwiseError], int] = {
     UnknownBank: 404,
     errors.UnknownMethod: 404,
+    errors.UnknownItem: 404,
     errors.InvalidKnob: 400,
     errors.BudgetExceeded: 507,
     errors.MissingExtra: 501,
@@ -46,19 +49,21 @@ STATUS: Mapping[type[MemwiseError], int] = {
     errors.EmbedderMismatch: 409,
     errors.StoreCorrupt: 500,
     errors.StoreError: 409,
-    LLMUnavailable: 502,
+    errors.LLMUnavailable: 502,
+    errors.EmbedderUnavailable: 502,
     MemwiseError: 500,
 }
 _MAKE = ("add", "import")
 _PAGE = files("memwise.serve").joinpath("page.html")
 
 
-def create_app(pool: Pool, token: str | None = None) -> App:
+def create_app(pool: Pool, token: str | None = None, body_bytes: int = BODY_BYTES) -> App:
     """The whole server as an ASGI application; it closes the pool when it shuts down.
 
     Args:
         pool: the served file.
         token: bearer token that requests must carry; None = only this machine may ask.
+        body_bytes: the longest body that a request may have.
     """
 
     @asynccontextmanager
@@ -72,28 +77,48 @@ def create_app(pool: Pool, token: str | None = None) -> App:
     )  # fmt: skip
     app.add_exception_handler(MemwiseError, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _refused)
     app.add_api_route("/", _page(), include_in_schema=False)
     app.add_api_route("/healthz", lambda: JSONResponse({"status": "ok"}), name="healthz")
-    app.add_api_route("/v1/banks", lambda: JSONResponse(_banks(pool)), name="banks")
     for verb in VERBS.values():
-        if verb.name != "banks":
-            _route(app, pool, verb)
+        (_list_route if verb.name == "banks" else _route)(app, pool, verb)
     app.include_router(mem0_routes(pool))
-    return Guard(app, token, open_paths=("/", "/healthz"))
+    return Guard(Limit(app, body_bytes), token, open_paths=("/", "/healthz"))
 
 
 def _route(app: FastAPI, pool: Pool, verb: Verb) -> None:
     path = f"/v1/banks/{{bank:path}}/{verb.name}"
-    told: dict[str, Any] = {"summary": verb.summary, "description": verb.about, "tags": ["memory"]}
     fields: dict[str, Any] = {p.name: _field(p) for p in verb.params}
     body = create_model(f"{verb.name.title()}Body", __config__=_STRICT, **fields)
     post = _endpoint(pool, verb, Annotated[body, Body()], None if _demands(verb) else body())
-    app.add_api_route(path, post, methods=["POST"], name=verb.name, **told)
+    app.add_api_route(path, post, methods=["POST"], name=verb.name, **_told(verb))
     if verb.hints.read_only:
-        fields = {p.name: _field(p, in_query=True) for p in verb.params}
-        query = create_model(f"{verb.name.title()}Query", __config__=_STRICT, **fields)
-        get = _endpoint(pool, verb, Annotated[query, Query()], None)
-        app.add_api_route(path, get, methods=["GET"], name=f"{verb.name} by query", **told)
+        get = _endpoint(pool, verb, Annotated[_query(verb), Query()], None)
+        app.add_api_route(path, get, methods=["GET"], name=f"{verb.name} by query", **_told(verb))
+
+
+def _list_route(app: FastAPI, pool: Pool, verb: Verb) -> None:
+    def banks(given: BaseModel) -> Response:
+        names = pool.names()
+        if not names:
+            return JSONResponse([])
+        with pool.borrow(names[0]) as memory:
+            return JSONResponse(verb.call(memory, **given.model_dump()))
+
+    shown = inspect.Parameter(
+        "given", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[_query(verb), Query()]
+    )
+    banks.__dict__["__signature__"] = inspect.Signature([shown])
+    app.add_api_route("/v1/banks", banks, methods=["GET"], name=verb.name, **_told(verb))
+
+
+def _told(verb: Verb) -> dict[str, Any]:
+    return {"summary": verb.summary, "description": verb.about, "tags": ["memory"]}
+
+
+def _query(verb: Verb) -> type[BaseModel]:
+    fields: dict[str, Any] = {p.name: _field(p, in_query=True) for p in verb.params}
+    return create_model(f"{verb.name.title()}Query", __config__=_STRICT, **fields)
 
 
 _STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, str_strip_whitespace=False)
@@ -148,14 +173,6 @@ def _object(name: str, text: str) -> dict[str, Any]:
     return found
 
 
-def _banks(pool: Pool) -> Any:
-    names = pool.names()
-    if not names:
-        return []
-    with pool.borrow(names[0]) as memory:
-        return VERBS["banks"].call(memory)
-
-
 async def _failed(_: Request, problem: Exception) -> Response:
     status = next(STATUS[kind] for kind in type(problem).__mro__ if kind in STATUS)
     headers = {"retry-after": "5"} if status == 503 else None
@@ -165,11 +182,21 @@ async def _failed(_: Request, problem: Exception) -> Response:
 async def _invalid(_: Request, problem: Exception) -> Response:
     """What the edge refuses, in the words of pydantic but without echoing the values."""
     assert isinstance(problem, RequestValidationError)
-    told = (
-        f"{'.'.join(str(part) for part in e['loc'][1:]) or 'body'}: {e['msg']}"
-        for e in problem.errors()
-    )
-    return _problem(422, "InvalidRequest", "; ".join(told))
+    return _problem(422, "InvalidRequest", "; ".join(map(_invalidity, problem.errors())))
+
+
+def _invalidity(error: Mapping[str, Any]) -> str:
+    if error["type"] == "json_invalid":
+        return f"the body is not JSON ({error['ctx']['error']}, position {error['loc'][-1]})"
+    return f"{'.'.join(str(part) for part in error['loc'][1:]) or 'body'}: {error['msg']}"
+
+
+async def _refused(request: Request, problem: Exception) -> Response:
+    """What the router refuses: no such path, no such method, a body that is no JSON."""
+    assert isinstance(problem, HTTPException)
+    kind = HTTPStatus(problem.status_code).phrase.title().replace(" ", "")
+    told = f"{request.method} {request.url.path}: {problem.detail}; /openapi.json lists what works"
+    return _problem(problem.status_code, kind, told, problem.headers)
 
 
 def _problem(
@@ -205,11 +232,13 @@ def _hash(tag: str, html: str) -> str:
     return f"'sha256-{b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"
 
 
-def run(pool: Pool, host: str, port: int, token: str | None = None) -> None:
+def run(
+    pool: Pool, host: str, port: int, token: str | None = None, body_bytes: int = BODY_BYTES
+) -> None:
     """Serve REST and the page until interrupted.
 
     Raises:
         InvalidKnob: the address is open to a network without a token, or cannot be had.
     """
     with listen(host, port, token) as listening:
-        serve(create_app(pool, token), listening, f"serving {pool.path} at")
+        serve(create_app(pool, token, body_bytes), listening, f"serving {pool.path} at")

@@ -21,7 +21,7 @@ from memwise.bench.engine import Row, paired_interval
 from memwise.bench.reading import Once, readable, spoken_texts, told, whole
 from memwise.catalogue import find, load
 from memwise.recall.engine.embed import embedder
-from memwise.recall.engine.pack import Draft, pack
+from memwise.recall.engine.pack import Draft, pack, render
 from memwise.recall.engine.pages import n_words, ranked_pages
 from memwise.recall.engine.policy import Policy, Step
 from memwise.recall.engine.records import Context
@@ -41,11 +41,15 @@ class _Beginning(Policy):
 
 
 @dataclass(frozen=True)
-class _CutToFit(TopPages):
-    """Control: pages by rank without gists, turn by turn until the budget is full."""
+class _WholePages(TopPages):
+    """Control: as many of the best pages as fit whole, the rest of the budget left empty."""
 
     def pack(self, step: Step) -> Context:
-        drafts = [Draft(turn, p.score) for p in ranked_pages(step)[:5] for turn in p.turns]
+        drafts: list[Draft] = []
+        for page in ranked_pages(step):
+            more = [*drafts, *(Draft(turn, page.score) for turn in page.turns)]
+            if step.count(render(more)) <= step.tokens:
+                drafts = more
         return pack(drafts, step.tokens, step.count)
 
 
@@ -66,7 +70,7 @@ def run(method: Any, data: Path | None, seed: int) -> list[Row]:
         "baseline": baseline,
         "gists only": replace(method, lookup_pages=0, gists_ratio=1.0),
         "beginning": _Beginning(),
-        "pages, the last one cut to fit": _CutToFit(),
+        "whole pages": _WholePages(),
     }
     encoder = Once(embedder("minilm"))
     rows = []

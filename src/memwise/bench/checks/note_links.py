@@ -63,35 +63,31 @@ class Shuffled(Fixed):
         return spread(found, links, self.anchors, self.share, step.query.k)
 
 
-@dataclass(frozen=True)
-class NotEmbeddedAnew(AMem):
+def not_embedded_anew(frozen: Frozen) -> type[AMem]:
     """Evolution changes tags and context, but the vector stays that of the note as it was made."""
 
-    def _add(self, note: Draught, extractor: str) -> Add:
-        made = super()._add(note, extractor)
-        own = [s for s in note.context if s in self._own(note)]
-        born = Draught(note.turn, note.keywords, [], own)
-        return replace(made, text=born.text)
+    @dataclass(frozen=True)
+    class NotEmbeddedAnew(AMem):
+        def _add(self, note: Draught, extractor: str) -> Add:
+            given = {fact.text for fact in frozen.facts([note.turn])}
+            own = [sentence for sentence in note.context if sentence in given]
+            born = Draught(note.turn, note.keywords, [], own)
+            return replace(super()._add(note, extractor), text=born.text)
 
-    def _own(self, note: Draught) -> set[str]:
-        return {f.text for f in _FROZEN[0].facts([note.turn])}
-
-
-_FROZEN: list[Frozen] = []
+    return NotEmbeddedAnew
 
 
 def run(method: AMem, data: Path | None, seed: int) -> list[Row]:
     """Primary: the whole method beside cosine, both categories; context: what each step adds."""
     conversations = [_only(one) for one in locomo(data)]
     frozen, memo = Frozen(conversations), Memo("minilm")
-    _FROZEN[:] = [frozen]
     knobs = {field.name: getattr(method, field.name) for field in fields(method)}
     content = evaluate(searching(Dense(), memo), conversations)
     fixed = Fixed(**knobs)
     without, linked, shuffled = _on_one_store(
         [replace(fixed, share=0.0), fixed, Shuffled(**knobs)], conversations, memo, frozen
     )
-    stale = evaluate(searching(NotEmbeddedAnew(**knobs), memo, frozen), conversations)
+    stale = evaluate(searching(not_embedded_anew(frozen)(**knobs), memo, frozen), conversations)
     began = time.perf_counter()
     full = evaluate(searching(method, memo, frozen), conversations)
     seconds = time.perf_counter() - began
@@ -104,9 +100,9 @@ def run(method: AMem, data: Path | None, seed: int) -> list[Row]:
         where = content["category"] == category
         row = paired_row(METRIC, full, content, seed, where, steps)
         rows.append(replace(row, metric=f"{METRIC}, {category}", seconds=seconds))
-    rows[0] = replace(
-        rows[0], behaves=_behaves(rows[0]) | _bookkeeping(method, conversations[0], memo, frozen)
-    )
+    long = next(one for one in conversations if len(one.turns) >= SINGLE_ADDITIONS)
+    kept = _bookkeeping(method, long, memo, frozen)
+    rows[0] = replace(rows[0], behaves=_behaves(rows[0]) | kept)
     where = content["category"] == CATEGORIES[0]
     parts = {
         "links": (linked, without),

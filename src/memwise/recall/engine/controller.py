@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from memwise.errors import InvalidKnob, MemwiseError
-from memwise.recall.engine.llm import ChatClient, loose_json
+from memwise.recall.engine.answers import loose_json
+from memwise.recall.engine.client import ChatClient
 from memwise.recall.engine.pack import CLOSE, OPEN
 
 TOOL = "tool"

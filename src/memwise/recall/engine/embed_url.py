@@ -13,7 +13,7 @@ from urllib.parse import urldefrag, urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from memwise.errors import InvalidKnob, MemwiseError
+from memwise.errors import EmbedderUnavailable, InvalidKnob
 from memwise.recall.engine.windows import encodable, normalized, pooled, windows
 
 PREPROCESSING = 1
@@ -39,7 +39,7 @@ class Remote:
 
     Raises:
         InvalidKnob: if the URL has no model name, or the server refuses the request as wrong.
-        MemwiseError: if the server cannot be reached or answers nonsense.
+        EmbedderUnavailable: if the server cannot be reached or answers nonsense.
 
     Note:
         The weights cannot be hashed from here: the fingerprint trusts the model's name.
@@ -81,7 +81,7 @@ class Remote:
         for start in range(0, len(parts), BATCH_TEXTS):
             some = self._ask(parts[start : start + BATCH_TEXTS])
             if some.shape[1] != self.dim:
-                raise MemwiseError(
+                raise EmbedderUnavailable(
                     f"{self._url} answered {some.shape[1]} dimensions, before {self.dim}; was the "
                     f"model {self._model!r} exchanged? Open the memory again"
                 )
@@ -101,7 +101,8 @@ class Remote:
                 with self._opener.open(request, timeout=self._timeout_s) as answer:
                     return _vectors(answer.read(), len(texts), self._url)
             except urllib.error.HTTPError as error:
-                said = error.read(500).decode("utf-8", "replace").strip()
+                with error:
+                    said = error.read(500).decode("utf-8", "replace").strip()
                 why = f"answered {error.code} {error.reason}: {said}"
                 if error.code not in RETRIED:
                     raise InvalidKnob(
@@ -113,7 +114,9 @@ class Remote:
                 why, pause = f"cannot be reached: {error}", _pause(i, None)
             if i + 1 < TRIES:
                 self._sleep(pause)
-        raise MemwiseError(f"{self._url} {why} ({TRIES} tries); start the server or try later")
+        raise EmbedderUnavailable(
+            f"{self._url} {why} ({TRIES} tries); start the server or try later, then call again"
+        )
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -136,11 +139,11 @@ def _vectors(answer: bytes, n: int, url: str) -> NDArray[np.float32]:
         rows: list[dict[str, Any]] = sorted(json.loads(answer)["data"], key=lambda r: r["index"])
         vectors = np.array([row["embedding"] for row in rows], np.float32)
     except (ValueError, KeyError, TypeError) as error:
-        raise MemwiseError(
+        raise EmbedderUnavailable(
             f"{url} did not answer as OpenAI's /embeddings does ({error!r}): {answer[:200]!r}"
         ) from error
     if vectors.ndim != 2 or len(vectors) != n or not vectors.size or not np.isfinite(vectors).all():
-        raise MemwiseError(
+        raise EmbedderUnavailable(
             f"{url} answered an array of shape {vectors.shape} for {n} texts, or not all of it "
             "finite; is it an embedding model?"
         )

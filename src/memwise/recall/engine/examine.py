@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memwise.errors import InvalidKnob
+from memwise.recall.engine.file import APPLICATION_ID
 from memwise.recall.engine.records import BANK_BITS, KINDS, SOURCES, Add, Instant
-from memwise.recall.engine.store import APPLICATION_ID, digest
+from memwise.recall.engine.tables import digest
 from memwise.recall.engine.text import term_bytes
 
 SEQUENCE = (1 << BANK_BITS) - 1

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from memwise.codec import np as codec
 from memwise.errors import StoreCorrupt
 from memwise.recall.engine.records import FOREVER, SOURCES, Instant
-from memwise.recall.engine.store import Bank, SQLite
+from memwise.recall.engine.store import SQLite
+from memwise.recall.engine.tables import Bank
 from memwise.recall.engine.text import terms
 
 Floats = NDArray[np.float32]
@@ -165,6 +166,7 @@ class Postings:
 
     def __init__(self) -> None:
         self.lengths = Column(np.int32)
+        self._n_words = 0
         self._segments: list[_Segment] = []
         self._tail: list[tuple[int, NDArray[np.uint32]]] = []
         self._tail_segment: _Segment | None = None
@@ -174,6 +176,7 @@ class Postings:
         first = len(self.lengths.view)
         new = list(documents)
         self.lengths.extend(np.array([len(d) for d in new], np.int32))
+        self._n_words += sum(map(len, new))
         self._tail += [(first + i, d) for i, d in enumerate(new)]
         self._tail_segment = self._of(self._tail) if self._tail else None
         if len(self._tail) >= _TAIL and self._tail_segment is not None:
@@ -188,9 +191,15 @@ class Postings:
         """Drop the documents where `mask` (n,) is False; the others move up."""
         number = (np.cumsum(mask) - 1).astype(np.int32)
         self.lengths.keep(mask)
+        self._n_words = int(self.lengths.view.sum())
         self._segments = [s for s in (s.only(mask, number) for s in self._segments) if len(s.docs)]
         self._tail = [(int(number[i]), d) for i, d in self._tail if mask[i]]
         self._tail_segment = self._of(self._tail) if self._tail else None
+
+    @property
+    def mean_length(self) -> float:
+        """Mean number of words of a document; above 0."""
+        return max(1e-9, self._n_words / max(1, len(self.lengths.view)))
 
     @staticmethod
     def _of(documents: Sequence[tuple[int, NDArray[np.uint32]]]) -> _Segment:
@@ -223,6 +232,9 @@ class Postings:
 class Vectors:
     """Unit vectors of a shelf: exact float32 while few, sign bits with rescoring when many.
 
+    Attributes:
+        blank: there was no vector yet: facts of rules have none, and take no room.
+
     Args:
         dim: width of a vector.
         exact_bytes: RAM up to which exact vectors are kept.
@@ -234,17 +246,17 @@ class Vectors:
         self._exact: Column | None = Column(np.float32, dim)
         self._signs = Words(-(-dim // 64))
         self._present = Column(np.bool_)
-        self._blank = True  # there was no vector yet: facts of rules have none, and take no room
+        self.blank = True
 
     def extend(self, vectors: Floats) -> None:
         """Append vectors (n, dim); a zero row stands for "none"."""
         present = np.any(vectors, axis=1, keepdims=False).reshape(-1)
-        if self._blank and present.any() and len(self._present.view):
+        if self.blank and present.any() and len(self._present.view):
             blank = np.zeros((len(self._present.view), self.dim), np.float32)
             vectors = np.vstack([blank, vectors])
         self._present.extend(present)
-        self._blank = self._blank and not present.any()
-        if self._blank:
+        self.blank = self.blank and not present.any()
+        if self.blank:
             return
         if self._exact is None:
             self._signs.extend(_signs(vectors))
@@ -257,7 +269,7 @@ class Vectors:
     def keep(self, mask: Mask) -> bool:
         """Drop the vectors where `mask` (n,) is False; False if exact ones would fit again."""
         self._present.keep(mask)
-        if self._blank:
+        if self.blank:
             return True
         if self._exact is None:
             self._signs.keep(mask)
@@ -267,7 +279,7 @@ class Vectors:
 
     def scores(self, query: Floats, allowed: Mask | None = None) -> Floats:
         """Cosine of every vector with the query (n,); when coded, exact for the best alone."""
-        if self._blank:
+        if self.blank:
             return np.zeros(len(self._present.view), np.float32)
         if self._exact is not None:
             return np.asarray(self._exact.view @ query, np.float32)
@@ -318,7 +330,7 @@ class Shelf:
         self._actor_terms: set[int] = set()
         self._n_named = 0  # actors whose terms are in it
         self._around: NDArray[np.int32] | None = None
-        self._widths: Floats | None = None
+        self._widths: tuple[Floats, float] | None = None
         self._n_expired = 0
 
     def __len__(self) -> int:
@@ -422,13 +434,14 @@ class Shelf:
             self._around = np.stack([before, before[before], after, after[after]])
         return self._around
 
-    def widths(self, shares: Floats) -> Floats:
-        """(n,) words of each item and, by `shares` (4,), of those around it."""
-        if self._widths is None or len(self._widths) != len(self):
+    def widths(self, shares: Floats) -> tuple[Floats, float]:
+        """(n,) words of each item and, by `shares` (4,), of those around it; and their mean."""
+        if self._widths is None:
             lengths = np.append(self.postings.lengths.view, 0).astype(np.float32)
-            self._widths = lengths[:-1].copy()
+            widths = lengths[:-1].copy()
             for share, near in zip(shares, self.around(), strict=True):
-                self._widths += share * lengths[near[:-1]]
+                widths += share * lengths[near[:-1]]
+            self._widths = widths, max(1e-9, float(widths.mean()))
         return self._widths
 
     def holding(self, at: Instant | None, known_at: Instant | None) -> Mask | None:
@@ -446,7 +459,8 @@ class Shelf:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays, slack included."""
-        around = sum(a.nbytes for a in (self._around, self._widths) if a is not None)
+        around = 0 if self._around is None else self._around.nbytes
+        around += 0 if self._widths is None else self._widths[0].nbytes
         columns = sum(c.nbytes for c in self._columns.values())
         return columns + self.postings.nbytes + self.vectors.nbytes + around
 

@@ -26,7 +26,8 @@ from memwise.recall.engine.records import (
     Receipt,
     Replace,
 )
-from memwise.recall.engine.store import Code, SQLite
+from memwise.recall.engine.store import SQLite
+from memwise.recall.engine.tables import Code
 
 if TYPE_CHECKING:
     from memwise.recall.memory import Memory
@@ -91,11 +92,14 @@ class Keeper:
 
     def portions(self, adds: Sequence[Add]) -> Iterator[list[Add]]:
         """The turns in transactions small enough for the WAL reserve; all in one if unbounded."""
+        if self.budget is None:
+            yield [*adds]
+            return
         size, part = 0, list[Add]()
-        tree = min(self._page, self._file() // 256) if self.budget is not None else 0
+        tree = min(self._page, self._file() // 256)
         for add in adds:
             own = 2 * (_content_bytes(add) + _ROW_BYTES + tree)  # it and what is derived from it
-            if self.budget is not None and part and size + own > self._reserve // 2:
+            if part and size + own > self._reserve // 2:
                 yield part
                 size, part = 0, []
             size += own

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from memwise.recall.engine.dates import iso
 from memwise.recall.engine.records import Context, Form, Hit, Item
-from memwise.recall.engine.text import spoken
+from memwise.recall.engine.text import phrased
 
 OPEN, CLOSE = "<memory>", "</memory>"
 _TAG = re.compile(r"<(?=/?\s*memory\b)", re.IGNORECASE)
@@ -42,7 +42,7 @@ class Draft:
         Newlines are folded, since a line is one memory, and a tag in it cannot close the block.
         """
         text = self.item.text if self.text is None else self.text
-        return _TAG.sub("\u2039", " ".join(spoken(self.item.actor, text).split()))
+        return _TAG.sub("\u2039", " ".join(phrased(self.item.kind, self.item.actor, text).split()))
 
 
 @dataclass(frozen=True, slots=True)

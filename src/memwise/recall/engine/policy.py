@@ -8,7 +8,7 @@ no state, never writes, and its runs can be replayed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -20,8 +20,10 @@ from memwise.recall.engine.llm import originated
 from memwise.recall.engine.pack import Candidate, Draft, pack
 from memwise.recall.engine.rank import Encode, Query, Ranking, Recipe, rank
 from memwise.recall.engine.records import FOREVER, SOURCES, Add, Context, Instant, Item, Link, Op
-from memwise.recall.engine.store import Bank, SQLite
+from memwise.recall.engine.store import SQLite
+from memwise.recall.engine.tables import Bank
 
+_NO_QUERY = Query("")
 _CONTEXT = 4  # turns that an extractor sees before those it reads
 
 
@@ -32,11 +34,12 @@ class Step:
     Attributes:
         now: the time of the call, from the memory's clock.
         turns: the sources the hook is about: new ones (`on_turns`) or those of the session that
-            ended (`on_session_end`), in order; they have their ids, but are not stored yet in
-            `on_turns`.
+            ended (`on_session_end`) since it ended last, in order; they have their ids, but are
+            not stored yet in `on_turns`.
         query: what is searched for (`rank`, `pack`, `on_recall`).
         tokens: the most tokens a packed context may have (`pack`).
         found: what was found, best first (`pack`, `on_recall`).
+        horizon: sources from this row on are not read: a rebuild derives as if they were to come.
         extract: the extractor.
         count: counts the tokens of a text.
     """
@@ -50,9 +53,10 @@ class Step:
     count: Callable[[str], int]
     open_index: Callable[[Bank], Index]
     turns: Sequence[Item] = ()
-    query: Query = field(default_factory=lambda: Query(""))
+    query: Query = _NO_QUERY
     tokens: int = 0
     found: Sequence[Candidate] = ()
+    horizon: int = FOREVER
 
     @property
     def index(self) -> Index:
@@ -70,10 +74,13 @@ class Step:
 
         `at` and `known_at` ask for what was true then, as it was known then.
         """
-        return self.store.scan(
+        found = self.store.scan(
             self.bank, kinds=kinds, policies=("", self.policy), session=session, at=at,
             known_at=known_at,
         )  # fmt: skip
+        if self.horizon == FOREVER:
+            return found
+        return [item for item in found if item.row < self.horizon or not item.is_source]
 
     def about(self, actors: Iterable[str], *kinds: str) -> list[Item]:
         """Live derived items whose actor is one of these, whatever the case, oldest first."""
@@ -89,7 +96,9 @@ class Step:
     def recent(self, n: int) -> list[Item]:
         """The n newest sources, oldest first."""
         shelf = self.index.sources
-        live = shelf.rows[shelf.expired == FOREVER] if len(shelf) else shelf.rows
+        if not len(shelf):
+            return []
+        live = shelf.rows[(shelf.rows < self.horizon) & (shelf.expired == FOREVER)]
         found = self.get(live[-n:].tolist())
         return [found[row] for row in sorted(found)]
 
@@ -98,6 +107,7 @@ class Step:
         shelf = self.index.sources
         if not len(shelf):
             return []
+        before = min(before, self.horizon)
         inside = (shelf.rows > after) & (shelf.rows < before) & (shelf.expired == FOREVER)
         found = self.get(shelf.rows[inside].tolist())
         return [found[row] for row in sorted(found)]

@@ -172,7 +172,7 @@ def bm25(shelf: Shelf, asked: Sequence[int]) -> Floats:
     """Okapi BM25 (n + 1,) of every item for distinct term numbers; the last is "no item"."""
     n = len(shelf)
     lengths = shelf.postings.lengths.view
-    scale = np.float32(K1 * B / max(1e-9, float(lengths.mean())))
+    scale = np.float32(K1 * B / shelf.postings.mean_length)
     found = _postings(shelf, asked)
     if not found:
         return np.zeros(n + 1, np.float32)
@@ -255,7 +255,7 @@ def _asked(shelf: Shelf, text: str) -> tuple[list[int], list[int]]:
 def _cosines(shelf: Shelf, vector: Floats | None, allowed: Mask | None) -> tuple[Floats, Floats]:
     """Cosines (n + 1,) as z-scores and scaled to [0, 1] over the shelf; 0 for "no item"."""
     z, unit = np.zeros(len(shelf) + 1, np.float32), np.zeros(len(shelf) + 1, np.float32)
-    if vector is not None:
+    if vector is not None and not shelf.vectors.blank:
         raw = shelf.vectors.scores(vector, allowed)
         low = float(raw.min())
         unit[:-1] = (raw - low) / (float(raw.max()) - low + 1e-9)
@@ -278,8 +278,7 @@ def _window(shelf: Shelf, topic: Sequence[int], at: Ints, around: NDArray[np.int
     """BM25 (c,) of each candidate's soft window, as a share of the best."""
     n = len(shelf)
     near = around[:, at]  # (4, c)
-    widths = shelf.widths(SHARES)
-    mean = max(1e-9, float(widths.mean()))
+    widths, mean = shelf.widths(SHARES)
     norm = np.float32(K1) * (np.float32(1 - B) + np.float32(B / mean) * widths[at])
     found = _postings(shelf, topic)
     out = np.zeros(len(at), np.float32)

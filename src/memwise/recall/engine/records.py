@@ -166,7 +166,10 @@ class Connect:
 
 @dataclass(frozen=True, slots=True)
 class Expire:
-    """Let a derived item go; it stays visible to queries about earlier knowledge."""
+    """Let a derived item go; it stays visible to queries about earlier knowledge.
+
+    An item that an `Add` before it in the same list says again stays.
+    """
 
     item: Ref
     why: str = ""
@@ -283,6 +286,13 @@ class Hit:
     why: Mapping[str, float] = field(default_factory=dict)
     valid_from: str | None = None
     valid_to: str | None = None
+
+    def resting_on(self, sources: tuple[Hit, ...]) -> Hit:
+        """The same hit with its sources (written out: `replace` takes five times as long)."""
+        return Hit(
+            self.id, self.text, self.kind, self.score, self.at, self.actor, self.session,
+            self.meta, sources, self.why, self.valid_from, self.valid_to,
+        )  # fmt: skip
 
 
 Form: TypeAlias = Literal["raw", "summary", "gist"]

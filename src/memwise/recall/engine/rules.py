@@ -54,7 +54,8 @@ _MARK = 0xE000  # first private-use character: stands for the k-th date of a tex
 _MARKS = 6400  # all of that area; a text with more dates keeps the later ones as they are
 _WANNA = re.compile(r"\bwanna\b")
 _IS_MARK = re.compile("[\ue000-\uf8ff]")
-_TOKEN = re.compile(r"[\ue000-\uf8ff]|[\w$€£#]+(?:['&+./:@-]+\w+)*[%+]*(?:(?<=s)'(?=\s))?|[^\w\s]")
+_TOKEN = re.compile(r"[\w$€£#]+(?:['&+./:@-]+\w+)*[%+]*(?:(?<=s)'(?=\s))?|[^\w\s]")
+_JOINS = frozenset((",", "and", "-", "–", "—"))
 _ANNOUNCES = re.compile(r"(?:you know|guess|hey,? guess|you won't believe) what", re.IGNORECASE)
 
 
@@ -142,7 +143,7 @@ class _Parse(Wording):
         before = len(self.found)
         i = free = 0
         while i < len(lows):
-            if lows[i] in HEADS or i == 0 or lows[i - 1] in ",and-–—":
+            if lows[i] in HEADS or i == 0 or lows[i - 1] in _JOINS:
                 after = self._clause(i, free)
                 if after > i:
                     free = i = after
@@ -181,7 +182,7 @@ class _Parse(Wording):
             return self._predicate(i + 1, free, who, OTHERS[low], False)
         if low in LISTENER:
             return self._told(i, free)
-        if i == 0 or self.lows[i - 1] in ",and-–—":
+        if i == 0 or self.lows[i - 1] in _JOINS:
             if self.lows[i - 1] in "-–—" and i > 0 and low == "had":
                 return self._predicate(i, free, self.speaker, "", True)
             if i == 0:

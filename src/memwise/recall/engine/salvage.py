@@ -18,8 +18,9 @@ from memwise.recall.engine.examine import (
     open_read_only,
     unpacked,
 )
+from memwise.recall.engine.file import APPLICATION_ID, SCHEMA_VERSION
 from memwise.recall.engine.records import BANK_BITS, RELS
-from memwise.recall.engine.store import APPLICATION_ID, SCHEMA_VERSION, SQLite
+from memwise.recall.engine.store import SQLite
 
 Progress: TypeAlias = Callable[[int, int], object]
 _PAGE_BYTES = 4096  # SQLite's own choice, which memwise leaves as it is

@@ -7,6 +7,7 @@ import struct
 import zlib
 from functools import lru_cache
 
+from memwise.recall.engine.records import SOURCES
 from memwise.recall.engine.stem import stem
 
 STOP = frozenset(
@@ -57,6 +58,13 @@ def n_tokens(text: str) -> int:
 def spoken(actor: str, text: str) -> str:
     """The text with its speaker in front, unless it stands there already."""
     return text if not actor or text.startswith(f"{actor}:") else f"{actor}: {text}"
+
+
+def phrased(kind: str, actor: str, text: str) -> str:
+    """An item as it is read and embedded; a derived text that opens with its actor says enough."""
+    if kind not in SOURCES and actor and re.match(rf"{re.escape(actor)}\b", text, re.IGNORECASE):
+        return text
+    return spoken(actor, text)
 
 
 def unspoken(actor: str, text: str) -> str:

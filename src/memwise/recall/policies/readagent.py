@@ -41,6 +41,9 @@ class ReadAgent(Policy):
         baseline="top_pages",
         better="higher",
         margin=0.0,
+        negative="evidence words in 1,000 tokens 0.742 (LoCoMo) and 0.553 (HotpotQA), above gists "
+        "alone (0.284, 0.390) and whole pages (0.725, 0.506), but below pages of which the last is "
+        "cut to fit (0.785, 0.577): gists by rule are worth less than the tokens they take",
     )
     least_words: int = 280
     most_words: int = 600

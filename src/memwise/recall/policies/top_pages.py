@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memwise.catalogue import Card
-from memwise.recall.engine.pack import Draft, pack, render
+from memwise.recall.engine.pack import Draft, pack
 from memwise.recall.engine.pages import bind, ranked_pages
 from memwise.recall.engine.policy import Policy, Step
 from memwise.recall.engine.records import Context, Op
 
+_MOST = 200  # turns that are tried
+
 
 @dataclass(frozen=True)
 class TopPages(Policy):
-    """Keep the text, cut into pages; a context holds as many of the best pages as fit whole.
+    """Keep the text, cut into pages; a context holds the best of them, the last one cut to fit.
 
     Attributes:
         least_words: words after which a page may end.
@@ -23,7 +25,7 @@ class TopPages(Policy):
 
     card = Card(
         paper=None,
-        claim="retrieval of whole pages, the part of ReadAgent that has no gists",
+        claim="retrieval of pages, the part of ReadAgent that has no gists",
         check="gist_lookup",
         baseline="readagent",
         better="lower",
@@ -37,9 +39,5 @@ class TopPages(Policy):
         return bind(step, self.least_words, self.most_words, gist_ratio=0.3)
 
     def pack(self, step: Step) -> Context:
-        drafts: list[Draft] = []
-        for page in ranked_pages(step):
-            more = [*drafts, *(Draft(turn, page.score) for turn in page.turns)]
-            if step.count(render(more)) <= step.tokens:
-                drafts = more
-        return pack(drafts, step.tokens, step.count)
+        drafts = [Draft(turn, page.score) for page in ranked_pages(step) for turn in page.turns]
+        return pack(drafts[:_MOST], step.tokens, step.count)
