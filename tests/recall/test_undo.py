@@ -101,7 +101,7 @@ def test_undo_refuses_when_later_operations_build_on_it(memory: Memory) -> None:
 
 def test_undo_refuses_an_operation_of_which_the_log_lost_a_part(memory: Memory) -> None:
     receipt = memory.add([{"content": f"Hello {s}.", "session": s} for s in "abc"])
-    memory.view().store.db.execute("DELETE FROM log WHERE no = ?", (receipt.operation,))
+    memory.view().store.db.execute("DELETE FROM log WHERE version = ?", (receipt.operation,))
     with pytest.raises(StoreError, match="log is bounded"):
         memory.undo(receipt.operation)
     assert len(_texts(memory)) == 3

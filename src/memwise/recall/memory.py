@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import date, datetime
 from functools import partial
@@ -188,10 +188,11 @@ class Memory:
     def ingest(self, adds: Sequence[Add], now: Instant, call: int | None = None) -> Receipt:
         """Store sources that `drafts` made, as a part of operation `call` (for importers)."""
         receipt = NOTHING if call is None else Receipt(operation=call)
-        with self._guarded():
+        with self._lock, self._store.guard():
             for _, group in groupby(adds, key=lambda a: a.session):
                 for part in self._keeper.portions(list(group)):
-                    with self.whole(None if call else receipt.operation):
+                    first = call is not None or receipt.operation is None
+                    with nullcontext() if first else self.whole(receipt.operation):
                         receipt += self._store_turns(part, now, receipt.operation)
         return receipt
 
@@ -218,7 +219,7 @@ class Memory:
         call: int | None = None,
     ) -> Receipt:
         """Apply operations that were not planned on a snapshot, as a part of operation `call`."""
-        with self._guarded():
+        with self._lock, self._store.guard():
             codes = self._codes_of(ops, {})
             room = self._keeper.make_room(self, ops, codes, now, call)
             return room + self._store.apply(
@@ -243,7 +244,7 @@ class Memory:
             now: the time of the call.
             call: number of the operation; None = a new one.
         """
-        with self._guarded():
+        with self._lock, self._store.guard():
             adds = [
                 Add(i.kind, i.text, actor=i.actor, data=i.data, vector=i.row in vectors)
                 for i in items
@@ -379,7 +380,7 @@ class Memory:
             InvalidKnob: the id is unknown or was let go, or the text is empty.
         """
         now = self._now()
-        with self._guarded():
+        with self._lock, self._store.guard():
             item = self._item(id)
             if item.expired is not None:
                 raise InvalidKnob(f"{id} was let go already; update the item that superseded it")
@@ -414,7 +415,7 @@ class Memory:
         Returns:
             Ids that are gone.
         """
-        with self._guarded():
+        with self._lock, self._store.guard():
             row = self._item(id, forgotten=True).row
             return tuple(self._store.delete(self._bank, row, at=self._now()))
 
@@ -427,7 +428,7 @@ class Memory:
         Raises:
             StoreError: there is nothing to undo, or later calls build on it.
         """
-        with self._guarded():
+        with self._lock, self._store.guard():
             now = self._now()
             while True:
                 back, freed = self._store.returning(self._bank, operation)
@@ -453,19 +454,19 @@ class Memory:
         """
         if (budget is None) == (before is None):
             raise InvalidKnob("forget() needs either budget= (bytes) or before= (a date)")
-        with self._guarded():
+        with self._lock, self._store.guard():
             if before is not None:
                 return self._keeper.forget_before(self, instant(before), self._now())
             return self._keeper.forget(self, Budget(budget or 0), self._now())
 
     def reflect(self) -> Receipt:
         """End the open session now: the policy derives what it derives at a session's end."""
-        with self._guarded():
+        with self._lock, self._store.guard():
             return self._end_session(self._now(), None, None)
 
     def rebuild(self) -> Receipt:
         """Drop what this policy derived and derive it again from the sources, by session."""
-        with self._guarded():
+        with self._lock, self._store.guard():
             now = self._now()
             self._store.drop(self._bank, [self.policy.name], at=now)
             turns = self._step(now).scan(*SOURCES)
@@ -488,7 +489,7 @@ class Memory:
         The plan may be called again if another process changed the bank meanwhile; what it raises
         leaves everything as it was.
         """
-        with self._guarded():
+        with self._lock, self._store.guard():
             return self._plan(verb, self._now(), None, plan)
 
     # ------------------------------------------------------------ reading
@@ -526,7 +527,7 @@ class Memory:
         """
         if k < 1:
             raise InvalidKnob(f"k={k}: ask for at least 1 hit")
-        with self._guarded():
+        with self._lock, self._store.guard():
             asked = self._query(query, k, kinds, actor, session, since, until, at, known_at, where)
             hits, step = self._ranked(asked)
             self._recalled(step, hits)
@@ -561,7 +562,7 @@ class Memory:
         """
         if tokens < 1:
             raise InvalidKnob(f"tokens={tokens}: allow at least 1 token")
-        with self._guarded():
+        with self._lock, self._store.guard():
             asked = self._query(query, _POOL, (), actor, session, since, until, at, known_at, None)
             step = replace(self._step(self._now()), query=asked, tokens=tokens)
             step = replace(step, found=step.candidates(self.policy.rank(step)))
@@ -589,7 +590,7 @@ class Memory:
         wanted = {key: value for key, value in given.items() if value is not None}
         when = None if at is None else instant(at)
         known = None if known_at is None else instant(known_at)
-        with self._guarded(), self._store.read():
+        with self._lock, self._store.guard(), self._store.read():
             step = self._step(self._now())
             if not wanted:
                 found = step.scan("fact", at=when, known_at=known)
@@ -601,7 +602,7 @@ class Memory:
 
     def timeline(self, entity: str, k: int = 50) -> list[Hit]:
         """What is known of someone or something, in the order of time: facts, or else turns."""
-        with self._guarded(), self._store.read():
+        with self._lock, self._store.guard(), self._store.read():
             step = self._step(self._now())
             name = entity.lower()
             items = [i for i in step.scan("fact") if name in i.text.lower()]
@@ -612,12 +613,12 @@ class Memory:
 
     def get(self, id: str) -> Hit:
         """The item of that id, whether it still holds or not."""
-        with self._guarded():
+        with self._lock, self._store.guard():
             return self._hits([self._item(id)], self._step(self._now()))[0]
 
     def history(self, id: str) -> list[dict[str, str]]:
         """What happened to an item: learnt when and from what, superseded by what, and so on."""
-        with self._guarded():
+        with self._lock, self._store.guard():
             item = self._item(id)
             near = {i.row: i.id for i in self._store.items(self._near(item)).values()}
             events = [(item.created, "stored", item.text)]
@@ -637,12 +638,12 @@ class Memory:
 
     def report(self) -> Ledger:
         """Where every byte lies: text by kind, vectors, terms, links, log, attic, WAL, indexes."""
-        with self._guarded():
+        with self._lock, self._store.guard():
             return self._keeper.ledger(self)
 
     def stats(self) -> dict[str, int]:
         """Number of live items by kind."""
-        with self._guarded():
+        with self._lock, self._store.guard():
             step = self._step(self._now())
             return self._store.counts(step.bank, ("", step.policy))
 
@@ -650,18 +651,13 @@ class Memory:
 
     def view(self) -> Step:
         """The bank as it is now, as a policy's hook would see it (for engines and checks)."""
-        with self._guarded():
+        with self._lock, self._store.guard():
             return self._step(self._now())
 
     def index_bytes(self) -> int:
         """RAM that this bank's indexes hold, built if they were not yet."""
-        with self._guarded():
-            return self._step(0).index.nbytes
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
         with self._lock, self._store.guard():
-            yield
+            return self._step(0).index.nbytes
 
     def _now(self) -> Instant:
         return self._clock()

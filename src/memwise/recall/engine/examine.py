@@ -17,7 +17,7 @@ from memwise.recall.engine.tables import digest
 from memwise.recall.engine.text import term_bytes
 
 SEQUENCE = (1 << BANK_BITS) - 1
-COLUMNS = {"items": 17, "links": 6, "codes": 3, "attic": 4, "banks": 5, "log": 8, "meta": 2}
+COLUMNS = {"items": 17, "links": 6, "codes": 3, "attic": 4, "banks": 5, "log": 7, "meta": 2}
 NEXT = "codes_next"  # vectors of the next embedder, until they take over
 
 

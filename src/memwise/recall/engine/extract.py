@@ -115,7 +115,6 @@ _WORD = re.compile(r"[^\W_][\w'&+-]*")
 _OF = re.compile(
     r"[ '](?:(?<= )of (?:the )?[A-Z]|(?<= )as its |(?<=')s (?:[a-z]+ ){1,3}(?:is|are|was|were) )"
 )
-_OWNED = (" of ", " as its ", "'s ")  # one of them stands wherever that test succeeds
 _LOOSE = frozenset(("is", "is a", "have", "use", "located in"))
 _NUMBER = re.compile(r"\d[\d.,:]*")
 _CLAUSE_BREAK = re.compile(
@@ -167,7 +166,8 @@ class Rules:
             text = turn.text
             said = clauses(text, turn.actor, _listener(heard, first + i), turn.at)
             facts = [_fact(clause, i) for clause in said]
-            if any(word in text for word in _OWNED) and _OF.search(text) is not None:
+            owned = " of " in text or " as its " in text or "'s " in text
+            if owned and _OF.search(text) is not None:
                 facts = _with_triples(facts, text, i, turn.at)
             found += facts
         return found

@@ -32,16 +32,16 @@ CREATE TABLE items(row INTEGER PRIMARY KEY, kind TEXT NOT NULL, text TEXT NOT NU
     valid_from INTEGER, valid_to INTEGER, expired INTEGER, strength REAL NOT NULL,
     uses INTEGER NOT NULL, last_use INTEGER, policy TEXT NOT NULL, extractor TEXT NOT NULL,
     data TEXT, hash INTEGER NOT NULL);
-CREATE INDEX items_hash ON items(hash);
+CREATE INDEX items_said ON items(at, hash) WHERE policy = '';
+CREATE INDEX items_derived ON items(hash) WHERE policy != '';
 CREATE TABLE codes(row INTEGER PRIMARY KEY, terms BLOB NOT NULL, vector BLOB);
 CREATE TABLE links(src INTEGER NOT NULL, rel TEXT NOT NULL, dst INTEGER NOT NULL,
     weight REAL NOT NULL, created INTEGER NOT NULL, expired INTEGER,
     PRIMARY KEY(src, rel, dst)) WITHOUT ROWID;
 CREATE INDEX links_dst ON links(dst, rel);
-CREATE TABLE log(no INTEGER PRIMARY KEY, bank INTEGER NOT NULL,
-    version INTEGER NOT NULL, at INTEGER NOT NULL, verb TEXT NOT NULL, changes TEXT NOT NULL,
-    call INTEGER NOT NULL, undone INTEGER NOT NULL DEFAULT 0);
-CREATE INDEX log_bank ON log(bank, version);
+CREATE TABLE log(bank INTEGER NOT NULL, version INTEGER NOT NULL, at INTEGER NOT NULL,
+    verb TEXT NOT NULL, changes TEXT NOT NULL, call INTEGER NOT NULL,
+    undone INTEGER NOT NULL DEFAULT 0, PRIMARY KEY(bank, version)) WITHOUT ROWID;
 CREATE TABLE attic(row INTEGER PRIMARY KEY, at INTEGER NOT NULL, why TEXT NOT NULL,
     body BLOB NOT NULL);
 """

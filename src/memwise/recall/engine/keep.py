@@ -333,25 +333,24 @@ class Keeper:
     def _trim(self, budget: Budget, attic_ratio: float = ATTIC_RATIO) -> Receipt:
         """Drop the oldest attic entries and log rows beyond their shares of the budget."""
         purged = self._drop_oldest("attic", "row", "length(body) + 100", int(budget * attic_ratio))
-        self._drop_oldest("log", "no", "length(changes) + 100", int(budget * _LOG_RATIO))
+        size = "length(changes) + 100"
+        self._drop_oldest("log", "bank, version", size, int(budget * _LOG_RATIO))
         return Receipt(purged=purged)
 
     def _drop_oldest(self, table: str, key: str, size: str, share: int) -> int:
         db = self._store.db
-        order = "at, row" if table == "attic" else "no"
-        # The newest operation stays, so that its number is not given to another one.
-        spared = "" if table == "attic" else " WHERE no < (SELECT max(no) FROM log)"
+        where = " AND ".join(f"{column} = ?" for column in key.split(", "))
         held = int(db.execute(f"SELECT coalesce(sum({size}), 0) FROM {table}").fetchone()[0])
         dropped = 0
         while held > share:
             self._fold(_Load(wal=self._reserve // 2))
             with self._store.write():
                 old = db.execute(
-                    f"SELECT {key}, {size} FROM {table}{spared} ORDER BY {order} LIMIT ?",
+                    f"SELECT {size}, {key} FROM {table} ORDER BY at, {key} LIMIT ?",
                     (self._victims,),
                 ).fetchall()
-                db.executemany(f"DELETE FROM {table} WHERE {key} = ?", [(k,) for k, _ in old])
-            held = held - sum(n for _, n in old) if old else 0
+                db.executemany(f"DELETE FROM {table} WHERE {where}", [key for _, *key in old])
+            held = held - sum(n for n, *_ in old) if old else 0
             dropped += len(old)
         return dropped
 

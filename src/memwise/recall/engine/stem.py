@@ -6,7 +6,9 @@ Source: M. F. Porter, "An algorithm for suffix stripping", Program 14(3), 1980; 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import TypeAlias
 
 _FORMS = """\
 be was were been am is are being|go went gone goes|buy bought|get got gotten|take took taken
@@ -28,19 +30,29 @@ leaf leaves|good better best|bad worse worst|mom mum mother|dad father
 picture pic pics photo photos photograph pictures""".replace("\n", "|")
 _BASE = {form: line.split()[0] for line in _FORMS.split("|") for form in line.split()}
 
-_STEP2 = {
+_Endings: TypeAlias = Mapping[str, Sequence[tuple[str, str]]]
+
+
+def _by_last_letter(endings: dict[str, str]) -> _Endings:
+    """Last letter -> (ending, what replaces it), longest first: most words try none or few."""
+    out: dict[str, list[tuple[str, str]]] = {}
+    for ending in sorted(endings, key=len, reverse=True):
+        out.setdefault(ending[-1], []).append((ending, endings[ending]))
+    return out
+
+
+_STEP2 = _by_last_letter({
     "ational": "ate", "ization": "ize", "iveness": "ive", "fulness": "ful", "ousness": "ous",
     "tional": "tion", "biliti": "ble", "entli": "ent", "ousli": "ous", "ation": "ate",
     "alism": "al", "aliti": "al", "iviti": "ive", "enci": "ence", "anci": "ance", "izer": "ize",
     "abli": "able", "alli": "al", "ator": "ate", "eli": "e",
-}  # fmt: skip
-_STEP3 = {
+})  # fmt: skip
+_STEP3 = _by_last_letter({
     "icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ness": "", "ful": "",
-}  # fmt: skip
-_STEP4 = dict.fromkeys(
+})  # fmt: skip
+_STEP4 = _by_last_letter(dict.fromkeys(
     "ement ance ence able ible ment ant ent ion ism ate iti ous ive ize al er ic ou".split(), ""
-)
-_LONGEST = 7  # letters of an ending
+))  # fmt: skip
 _VOWELS_THEN_CONSONANTS = re.compile(r"v+c+")
 _SHAPES = str.maketrans({chr(i): "v" if chr(i) in "aeiou" else "c" for i in range(128)})
 
@@ -65,15 +77,14 @@ def _short(stem: str) -> bool:
     return _shape(stem).endswith("cvc") and stem[-1] not in "wxy"
 
 
-def _swap(word: str, endings: dict[str, str], least: int) -> str:
+def _swap(word: str, endings: _Endings, least: int) -> str:
     """Replace the longest matching ending if the stem before it has at least this measure."""
-    for size in range(_LONGEST, 1, -1):
-        ending = word[-size:]
-        if ending in endings:
+    for ending, other in endings.get(word[-1:], ()):
+        if word.endswith(ending):
             stem = word[: -len(ending)]
             if _measure(stem) < least or (ending == "ion" and stem[-1:] not in ("s", "t")):
                 return word
-            return stem + endings[ending]
+            return stem + other
     return word
 
 
@@ -86,10 +97,11 @@ def _plural(word: str) -> str:
 def _past(word: str) -> str:
     if word.endswith("eed"):
         return word[:-1] if _measure(word[:-3]) > 0 else word
-    ending = next((e for e in ("ed", "ing") if word.endswith(e)), None)
-    if ending is None or "v" not in _shape(word[: -len(ending)]):
+    if not word.endswith(("ed", "ing")):
         return word
-    stem = word[: -len(ending)]
+    stem = word[:-2] if word.endswith("d") else word[:-3]
+    if "v" not in _shape(stem):
+        return word
     if stem.endswith(("at", "bl", "iz")):
         return stem + "e"
     if len(stem) > 1 and stem[-1] == stem[-2] and _shape(stem)[-1] == "c" and stem[-1] not in "lsz":

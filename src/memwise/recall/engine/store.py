@@ -33,11 +33,11 @@ from memwise.recall.engine.records import (
     item_id,
 )
 from memwise.recall.engine.tables import (
-    CHUNK,
     N_COLUMNS,
     TAIL,
     Bank,
     Code,
+    Said,
     Tables,
     as_item,
     digest,
@@ -116,7 +116,7 @@ class SQLite(Tables):
         """
         codes = {add: digest(bank.no, add, "", at) for add in adds}
         looked = self._doubtful or len(adds) > 1
-        held = self.known([*codes.values()]) if looked else {}
+        held = self.known(_said(codes, at)) if looked else {}
         self._recognized = _Recognized(bank, at, codes, held if looked else None)
         return codes, held
 
@@ -180,7 +180,9 @@ class SQLite(Tables):
                 code = digest(change.bank.no, add, change.policy, change.at)
             change.digests[add] = code
         done = () if before.held is None else before.codes
-        change.hashes = self.known([change.digests[add] for add in adds if add not in done])
+        new = {add: change.digests[add] for add in adds if add not in done}
+        derived = [code for add, code in new.items() if add.kind not in SOURCES]
+        change.hashes = self.known(_said(new, change.at), derived)
         self._doubtful = before.held is None and any(
             code in change.hashes for code in before.codes.values()
         )
@@ -326,12 +328,13 @@ class SQLite(Tables):
         self.db.execute(
             "UPDATE banks SET next = ?, version = version + 1 WHERE no = ?", (change.next, bank.no)
         )
-        number = self.db.execute(
+        version = bank.version + 1
+        self.db.execute(
             "INSERT INTO log(bank, version, at, verb, changes, call) VALUES (?, ?, ?, ?, ?, ?)",
-            (bank.no, bank.version + 1, change.at, verb, json.dumps(change.undo), call or 0),
-        ).lastrowid
-        self._seen[bank.no] = Bank(bank.no, bank.name, bank.policy, bank.version + 1, change.next)
-        return call or int(number or 0)
+            (bank.no, version, change.at, verb, json.dumps(change.undo), call or 0),
+        )
+        self._seen[bank.no] = Bank(bank.no, bank.name, bank.policy, version, change.next)
+        return call or version
 
     def reserve(self, bank: Bank, n: int) -> int:
         """Set aside n numbers of a bank, so that no other writer uses them; returns the first."""
@@ -342,20 +345,17 @@ class SQLite(Tables):
 
     def twins(self, bank: Bank, items: Sequence[Item]) -> dict[int, int]:
         """For items of an export, row -> row of the same thing in this bank, where it is there."""
-        hashes = [digest_of(item, bank.no) for item in items]
-        out = {}
-        for i in range(0, len(items), CHUNK):
-            part = hashes[i : i + CHUNK]
-            rows = self.db.execute(
-                "SELECT hash, expired, row FROM items "
-                f"WHERE hash IN ({','.join('?' * len(part))}) ORDER BY row DESC",
-                part,
-            )
-            held = {(code, expired): row for code, expired, row in rows}
-            for item, code in zip(items[i : i + CHUNK], part, strict=True):
-                if (code, item.expired) in held:
-                    out[item.row] = held[code, item.expired]
-        return out
+        codes = {item.row: digest_of(item, bank.no) for item in items}
+        said = [(item.at, codes[item.row]) for item in items if item.is_source]
+        derived = [codes[item.row] for item in items if not item.is_source]
+        held: dict[tuple[int, Instant | None], int] = {}
+        for code, row, expired in self.same(said, derived):
+            held[code, expired] = min(row, held.get((code, expired), row))
+        return {
+            item.row: held[codes[item.row], item.expired]
+            for item in items
+            if (codes[item.row], item.expired) in held
+        }
 
     def restore(
         self,
@@ -429,7 +429,10 @@ class SQLite(Tables):
             verb, numbers, changes = self._undoable(now, operation)
             for change in reversed(changes):
                 self._revert(change, codes or {})
-            self.db.executemany("UPDATE log SET undone = 1 WHERE no = ?", [(n,) for n in numbers])
+            self.db.executemany(
+                "UPDATE log SET undone = 1 WHERE bank = ? AND version = ?",
+                [(now.no, number) for number in numbers],
+            )
             self._log(_Change(now, at, "", {}, now.next, undo=[["u", numbers]]), "undo")
         return verb
 
@@ -462,23 +465,23 @@ class SQLite(Tables):
     def _undoable(
         self, bank: Bank, operation: int | None
     ) -> tuple[str, list[int], list[list[Any]]]:
-        """Verb, log numbers and changes (in order) of an operation that may be taken back now.
+        """Verb, versions and changes (in order) of an operation that may be taken back now.
 
         An operation may lie in several transactions, with those of other writers between them.
         """
         rows = self.db.execute(
-            "SELECT no, coalesce(nullif(call, 0), no), verb, changes FROM log "
-            "WHERE bank = ? AND undone = 0 AND verb != 'undo' ORDER BY no DESC",
+            "SELECT version, coalesce(nullif(call, 0), version), verb, changes FROM log "
+            "WHERE bank = ? AND undone = 0 AND verb != 'undo' ORDER BY version DESC",
             (bank.no,),
         )
         later: set[int] = set()
         mine: list[tuple[int, str, list[list[Any]]]] = []
-        for no, call, verb, text in rows:
+        for version, call, verb, text in rows:
             operation = call if operation is None else operation
-            if no < operation:
+            if version < operation:
                 break
             if call == operation:
-                mine.append((no, verb, from_json(text)))
+                mine.append((version, verb, from_json(text)))
             else:
                 later |= _touched(from_json(text))
         if not mine or mine[-1][0] != operation:
@@ -493,7 +496,7 @@ class SQLite(Tables):
                 f"operation {operation} ({verb}) cannot be undone: later operations build on it; "
                 "undo those first"
             )
-        return verb, [no for no, _, _ in mine], changes
+        return verb, [version for version, _, _ in mine], changes
 
     def _built_upon(self, changes: Sequence[list[Any]]) -> bool:
         """Does an item from outside these changes rest on or link to one that they added?"""
@@ -589,6 +592,15 @@ class SQLite(Tables):
             self._remove(rows, incoming=True)
             self._log(_Change(now, at, "", {}, now.next, undo=[["d", rows]]), "rebuild")
         return len(rows)
+
+
+def _said(codes: Mapping[Add, int], now: Instant) -> list[Said]:
+    """Where the sources among some additions stand in their index."""
+    return [
+        (now if add.at is None else add.at, code)
+        for add, code in codes.items()
+        if add.kind in SOURCES
+    ]
 
 
 def _record(item: Item, bank: int) -> tuple[Any, ...]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sqlite3
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from memwise.errors import EmbedderMismatch, StoreCorrupt, StoreError
 from memwise.recall.engine.file import File
@@ -22,6 +22,10 @@ COLUMNS = (
 N_COLUMNS = 17
 TAIL = 4  # newest sources of a bank that are kept at hand
 CHUNK = 500  # bound variables a statement; SQLite's own limit is far higher
+
+
+Said: TypeAlias = tuple[Instant, int]
+"""Event time and hash of a source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,16 +292,37 @@ class Tables(File):
         ).fetchone()
         return min((c[1] for c in from_json(found[0]) if c[0] == "+"), default=0) if found else 0
 
-    def known(self, hashes: Sequence[int]) -> dict[int, int]:
-        """Hash -> row of live items with these hashes."""
-        out: dict[int, int] = {}
-        for i in range(0, len(hashes), CHUNK):
-            part = hashes[i : i + CHUNK]
-            marks = ",".join("?" * len(part))
-            out |= self.db.execute(
-                f"SELECT hash, row FROM items WHERE hash IN ({marks}) AND expired IS NULL", part
-            ).fetchall()
-        return out
+    def known(self, said: Sequence[Said], derived: Sequence[int] = ()) -> dict[int, int]:
+        """Hash -> row of live items (arguments as of `same`)."""
+        found = self.same(said, derived)
+        return {code: row for code, row, expired in found if expired is None}
+
+    def same(
+        self, said: Sequence[Said], derived: Sequence[int] = ()
+    ) -> Iterator[tuple[int, int, Instant | None]]:
+        """Hash, row and expiry of the items with these hashes.
+
+        Args:
+            said: (event time, hash) of sources. Neighbours in time lie side by side in their index,
+                so that a call writes one page of it and not one an item.
+            derived: hashes of derived items.
+        """
+        for i in range(0, len(said), CHUNK):
+            part = said[i : i + CHUNK]
+            marks = ",".join(["(?,?)"] * len(part))
+            values = [value for pair in part for value in pair]
+            yield from self.db.execute(  # as a join: IN would read the whole index
+                f"WITH asked(t, code) AS (VALUES {marks}) SELECT hash, row, expired "
+                "FROM asked CROSS JOIN items ON policy = '' AND at = t AND hash = code",
+                values,
+            )
+        for i in range(0, len(derived), CHUNK):
+            codes = derived[i : i + CHUNK]
+            marks = ",".join("?" * len(codes))
+            yield from self.db.execute(
+                f"SELECT hash, row, expired FROM items WHERE policy != '' AND hash IN ({marks})",
+                codes,
+            )
 
     def changes(self, bank: Bank, since: int) -> list[list[Any]] | None:
         """Changes of the bank after version `since`; None if the log no longer reaches back."""
