@@ -155,3 +155,18 @@ def test_an_unknown_word_finds_nothing_without_vectors():
 def test_a_question_is_answered_by_its_neighbour(memory):
     first = memory.search("Who tried the new bakery in Alfama?", k=2)
     assert {hit.text for hit in first} == {TALK[0][3], TALK[1][3]}
+
+
+@pytest.mark.parametrize(
+    ("told", "asked"),
+    [
+        ("日本語のテキストを書いた", "日本語"),
+        ("우리는 서울에서 만났다", "서울"),
+        ("ฉันชอบกาแฟมาก", "กาแฟ"),
+        ("我昨天去了图书馆", "图书馆在哪里"),
+    ],
+)
+def test_scripts_without_spaces_are_found_by_parts_of_their_words(told, asked):
+    with Memory(":memory:", embedder="none") as memory:
+        memory.add(["Nothing of that kind.", told])
+        assert [hit.text for hit in memory.search(asked, k=1)] == [told]

@@ -386,7 +386,8 @@ def _when(value: Mapping[str, Json]) -> str | float | None:
 
 def _markdown(path: Path) -> Iterator[Entry]:
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".md", ".markdown"))
+        kinds = (".md", ".markdown")
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds and p.is_file())
         if not files:
             raise InvalidKnob(f"{path} holds no Markdown files (*.md)")
     else:

@@ -131,13 +131,13 @@ class File:
         """Turns SQLite's errors into memwise's, each with what to do."""
         return self._guard
 
-    def write(self) -> _Write:
+    def write(self) -> _Transaction:
         """A write transaction: all or nothing; inside another one it is part of that one."""
-        return _Write(self)
+        return _Transaction(self, "BEGIN IMMEDIATE")
 
-    def read(self) -> _Read:
+    def read(self) -> _Transaction:
         """A read transaction: every statement in it sees the same state."""
-        return _Read(self)
+        return _Transaction(self, "BEGIN")
 
     def rolled_back(self) -> None:
         """Called after a write transaction was taken back; drop what was noted during it."""
@@ -202,16 +202,18 @@ class _Guard:
                 raise told from error
 
 
-class _Write:
-    __slots__ = ("_file", "_inner")
+class _Transaction:
+    """All of it or nothing; inside another one it is a part of that one."""
 
-    def __init__(self, file: File):
-        self._file = file
+    __slots__ = ("_begin", "_file", "_inner")
+
+    def __init__(self, file: File, begin: str):
+        self._file, self._begin = file, begin
         self._inner = file.db.in_transaction
 
     def __enter__(self) -> None:
         if not self._inner:
-            self._file.db.execute("BEGIN IMMEDIATE")
+            self._file.db.execute(self._begin)
 
     def __exit__(
         self,
@@ -221,36 +223,16 @@ class _Write:
     ) -> None:
         if self._inner:
             return
+        db, done = self._file.db, False
         try:
             if error is None:
-                self._file.db.execute("COMMIT")
+                db.execute("COMMIT")
+                done = True
         finally:
-            if self._file.db.in_transaction:
+            if not done:
                 self._file.rolled_back()
-                self._file.db.execute("ROLLBACK")
-            elif error is not None:
-                self._file.rolled_back()
-
-
-class _Read:
-    __slots__ = ("_file", "_inner")
-
-    def __init__(self, file: File):
-        self._file = file
-        self._inner = file.db.in_transaction
-
-    def __enter__(self) -> None:
-        if not self._inner:
-            self._file.db.execute("BEGIN")
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if not self._inner:
-            self._file.db.execute("COMMIT")
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
 
 
 def _told(path: str, error: sqlite3.DatabaseError) -> MemwiseError | None:

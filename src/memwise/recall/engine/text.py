@@ -21,6 +21,8 @@ CUES = frozenset(
 )
 """Words that shape a question but are not what it is about."""
 _WORD = re.compile(r"[a-z0-9]+|[^\W_a-z0-9]+")
+# Thai, kana, Han and Hangul, which are written without spaces or with endings grown on
+_UNSPACED = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]+")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -30,8 +32,17 @@ def term(word: str) -> int:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of a text, in order."""
-    return _WORD.findall(text.lower())
+    """Lower-case words of a text, in order; of scripts without spaces each pair of letters."""
+    found = _WORD.findall(text.lower())
+    if text.isascii() or _UNSPACED.search(text) is None:
+        return found
+    return [part for word in found for part in _pairs(word)]
+
+
+def _pairs(word: str) -> list[str]:
+    if len(word) < 3 or _UNSPACED.fullmatch(word) is None:
+        return [word]
+    return [word[i : i + 2] for i in range(len(word) - 1)]
 
 
 def terms(text: str) -> list[int]:
