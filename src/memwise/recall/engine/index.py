@@ -122,7 +122,7 @@ class _Segment:
             terms.astype(np.uint64) << np.uint64(32) | docs.astype(np.uint64), return_counts=True
         )
         of = (pairs >> np.uint64(32)).astype(np.uint32)
-        distinct, starts = np.unique(of, return_index=True)
+        distinct, starts = _runs(of)
         return cls(
             distinct,
             np.append(starts, len(pairs)),
@@ -135,8 +135,10 @@ class _Segment:
         """One segment of several; documents do not overlap."""
         terms = np.concatenate([np.repeat(s.terms, np.diff(s.starts)) for s in parts])
         docs = np.concatenate([s.docs for s in parts])
-        order = np.lexsort((docs, terms))
-        distinct, starts = np.unique(terms[order], return_index=True)
+        # A stable sort merges runs that are sorted already in linear time.
+        keys = terms.astype(np.uint64) << np.uint64(32) | docs.astype(np.uint64)
+        order = keys.argsort(kind="stable")
+        distinct, starts = _runs(terms[order])
         counts = np.concatenate([s.counts for s in parts])[order]
         return cls(distinct, np.append(starts, len(order)), docs[order], counts)
 
@@ -144,7 +146,7 @@ class _Segment:
         """Without the documents where `mask` is False; the others get new numbers."""
         kept = mask[self.docs]
         terms = np.repeat(self.terms, np.diff(self.starts))[kept]
-        distinct, starts = np.unique(terms, return_index=True)
+        distinct, starts = _runs(terms)
         return _Segment(
             distinct, np.append(starts, len(terms)), number[self.docs[kept]], self.counts[kept]
         )
@@ -159,6 +161,14 @@ class _Segment:
     def nbytes(self) -> int:
         """Bytes of the arrays, slack included."""
         return self.terms.nbytes + self.starts.nbytes + self.docs.nbytes + self.counts.nbytes
+
+
+def _runs(values: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Distinct values of a sorted array, and where each begins."""
+    begins = np.ones(len(values), np.bool_)
+    begins[1:] = values[1:] != values[:-1]
+    starts = np.flatnonzero(begins)
+    return values[starts], starts
 
 
 class Postings:
