@@ -115,6 +115,7 @@ class Memory:
                 self._store.fingerprint = self._embedder.fingerprint
                 self._bank = self._store.bank(bank, chosen.name if chosen else None)
             self.policy = chosen or named_policy(self._bank.policy or "plain")
+            self._policy_name = self.policy.name
             self._codec = codec.codec(VECTOR_CODEC)
             self._index = Index(
                 self._store, self._bank, self.policy.name, self._embedder.dim, self._decode,
@@ -224,7 +225,7 @@ class Memory:
             room = self._keeper.make_room(self, ops, codes, now, call)
             return room + self._store.apply(
                 self._bank, ops, at=now, verb=verb, codes=codes, call=room.operation,
-                policy=self.policy.name if policy is None else policy,
+                policy=self._policy_name if policy is None else policy,
             )  # fmt: skip
 
     def restore(
@@ -348,7 +349,7 @@ class Memory:
         if not ops:
             return Receipt(operation=call, notes=notes)
         done = self._store.apply(
-            step.bank, ops, at=step.now, verb=verb, codes=codes, policy=self.policy.name,
+            step.bank, ops, at=step.now, verb=verb, codes=codes, policy=self._policy_name,
             expect=step.bank.version, call=call,
         )  # fmt: skip
         return replace(done, notes=notes) if notes else done
@@ -468,7 +469,7 @@ class Memory:
         """Drop what this policy derived and derive it again from the sources, by session."""
         with self._lock, self._store.guard():
             now = self._now()
-            self._store.drop(self._bank, [self.policy.name], at=now)
+            self._store.drop(self._bank, [self._policy_name], at=now)
             turns = self._step(now).scan(*SOURCES)
             receipt = Receipt()
             for session, group in groupby(turns, key=lambda t: t.session):
@@ -696,7 +697,7 @@ class Memory:
     def _step(self, now: Instant, bank: Bank | None = None, turns: Sequence[Item] = ()) -> Step:
         self._bank = bank or self._store.refresh(self._bank)
         return Step(
-            now, self._store, self._bank, self.policy.name, self._extract, self._encode,
+            now, self._store, self._bank, self._policy_name, self._extract, self._encode,
             self._count, self._open_index, turns,
         )  # fmt: skip
 

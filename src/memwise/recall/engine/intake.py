@@ -83,7 +83,7 @@ def _text(message: Message, where: str) -> str:
     if role is not None and role not in ROLES:
         raise InvalidKnob(f"role={role!r}{where}: use one of {', '.join(ROLES)}")
     content = message.get("content")
-    if isinstance(content, Sequence) and not isinstance(content, str | bytes):
+    if not isinstance(content, str) and _listed(content):
         content = "\n".join(_block(block, where) for block in content)
     if not isinstance(content, str):
         raise InvalidKnob(f"content must be text, not {type(content).__name__}{where}")
@@ -128,6 +128,8 @@ def _short(value: object, name: str, where: str) -> str:
 
 
 def _meta(value: object, where: str) -> Mapping[str, Any]:
+    if value == {}:
+        return {}
     if not isinstance(value, Mapping) or not all(isinstance(k, str) and _plain(k) for k in value):
         raise InvalidKnob(f"meta{where} must be a mapping with text keys")
     if bad := next((k for k, v in value.items() if not _plain(v)), None):

@@ -148,10 +148,12 @@ class SQLite(Tables):
             Conflict: the bank has another version than `expect`.
         """
         with self.guard(), self.write():
-            now = self.refresh(bank)
-            # Numbers may be set aside (`reserve`) without a new version.
-            if expect is not None and (now.version, now.next) != (expect, bank.next):
-                raise Conflict(f"bank {bank.name!r} changed meanwhile")
+            if expect == bank.version and self.stands(bank):
+                now = bank
+            else:
+                now = self.refresh(bank)
+                if expect is not None:
+                    raise Conflict(f"bank {bank.name!r} changed meanwhile")
             change = _Change(now, at, policy, codes, now.next)
             self._recall(change, ops)
             for op in ops:

@@ -123,6 +123,12 @@ class Tables(File):
         found = self._seen[bank.no] = Bank(*row[:5])
         return found
 
+    def stands(self, bank: Bank) -> bool:
+        """Is the bank still as it is described here? (A re-embedding gives it a new version.)"""
+        sql = "SELECT version, next FROM banks WHERE no = ?"
+        found: object = self.db.execute(sql, (bank.no,)).fetchone()
+        return found == (bank.version, bank.next)
+
     def seen(self, bank: Bank) -> Bank:
         """The bank as this object saw it last: enough for plans, since `apply` checks them."""
         return self._seen.get(bank.no) or self.refresh(bank)
