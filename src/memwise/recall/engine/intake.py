@@ -83,7 +83,7 @@ def _text(message: Message, where: str) -> str:
     if role is not None and role not in ROLES:
         raise InvalidKnob(f"role={role!r}{where}: use one of {', '.join(ROLES)}")
     content = message.get("content")
-    if not isinstance(content, str) and _listed(content):
+    if isinstance(content, Sequence) and not isinstance(content, str | bytes):
         content = "\n".join(_block(block, where) for block in content)
     if not isinstance(content, str):
         raise InvalidKnob(f"content must be text, not {type(content).__name__}{where}")

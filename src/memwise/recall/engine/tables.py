@@ -124,7 +124,8 @@ class Tables(File):
         return found
 
     def stands(self, bank: Bank) -> bool:
-        """Is the bank still as it is described here? (A re-embedding gives it a new version.)"""
+        """Is the bank still as it is described here?"""
+        # A re-embedding gives it a new version, so the fingerprint need not be compared.
         sql = "SELECT version, next FROM banks WHERE no = ?"
         found: object = self.db.execute(sql, (bank.no,)).fetchone()
         return found == (bank.version, bank.next)
