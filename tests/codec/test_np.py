@@ -161,6 +161,14 @@ def test_numpy_refuses_stochastic_rounding_before_it_sees_data():
         codec("int8/row/stochastic")
 
 
+@pytest.mark.parametrize(
+    "name", ["nf4/row", "int8/column", "int8/row/byte", "bf16", "fp32/entropy"]
+)
+def test_numpy_says_which_codecs_it_has(name):
+    with pytest.raises(InvalidKnob, match="numpy has no arithmetic"):
+        codec(name)
+
+
 def test_another_codecs_rows_are_refused():
     coded = codec("int8/row").encode(matrix(2, 8))
     with pytest.raises(InvalidKnob, match="cannot decode"):

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memwise.codec import Grid, Packing, Rounding, Scale, Spec, parse
-from memwise.codec.spec import BITS, FLOATS, PACKINGS, ROUNDINGS
+from memwise.codec.spec import BITS, FLOATS, PACKINGS, ROUNDINGS, blocks
 from memwise.errors import InvalidKnob
 
 scales = st.one_of(
@@ -87,16 +87,57 @@ def test_a_wrong_name_says_what_is_wrong(name, said):
         ("fp16", (4, 4), 32),
         ("fp32", (0, 8), 0),
         ("sign", (4, 0), 0),
+        ("bf16", (3, 5), 30),
+        ("int4/row", (3, 5), 9 + 12),
+        ("int3/row", (2, 8), 6 + 8),
+        ("int4/row/byte", (3, 5), 15 + 12),
+        ("uint4/group4:f16", (3, 5), 9 + 8 + 8),
+        ("dyn4/group128", (4, 128), 256 + 16),
+        ("linear4/rank1", (4, 6), 12 + 40),
+        ("linear4/rank1", (2, 3, 4), 12 + 36),
+        ("e4m3/expand128", (2, 256), 512 + 48),
+        ("e4m3/expand128:f16", (2, 256), 512 + 32),
+        ("learned2/tensor", (4, 4), 4 + 4 + 16),
+        ("int8/column", (4, 6), 24 + 24),
     ],
 )
 def test_nbytes_is_exact_without_data(name, shape, n_bytes):
     assert parse(name).nbytes(shape) == n_bytes
 
 
-@pytest.mark.parametrize("name", ["nf4/row", "int8/column", "int8/row/entropy", "bf16"])
-def test_what_has_no_layout_yet_is_refused_by_name(name):
-    with pytest.raises(InvalidKnob, match=name):
+@pytest.mark.parametrize("name", ["int8/row/entropy", "bf16/entropy", "nf4/row/bitmap"])
+def test_what_depends_on_the_data_has_no_layout(name):
+    with pytest.raises(InvalidKnob, match="has seen data"):
         parse(name).nbytes((2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("uint4/rank1", "largest magnitudes"),
+        ("sign/expand8", "largest magnitudes"),
+        ("fp16/byte", "does not fit"),
+        ("linear4/row/bitmap", "no level at zero"),
+        ("uint8/row/bitmap", "no level at zero"),
+        ("int8/rank1", "two axes"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(name, said):
+    with pytest.raises(InvalidKnob, match=said):
+        parse(name).layout((2,))
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.integers(0, 70), st.integers(0, 70), st.integers(0, 9), st.sampled_from([8, 24, 64]))
+def test_blocks_cover_every_coordinate_once_and_in_order(n_rows, width, first, size):
+    cut = list(blocks(n_rows, width, first, size))
+    places = [i for block in cut for i in range(block.flat.start, block.flat.stop)]
+    assert places == list(range(first * width, (first + n_rows) * width))
+    for block in cut:
+        assert block.size <= size
+        assert block.start == block.first * width + block.column
+        assert block.column % 8 == 0
+        assert block.n_rows == 1 or block.width == width
 
 
 def test_a_number_without_axes_is_refused():

@@ -25,6 +25,7 @@ Floats: TypeAlias = NDArray[np.float32]
 Bytes: TypeAlias = NDArray[np.uint8]
 Words: TypeAlias = NDArray[np.uint64]
 
+GRIDS = ("fp32", "fp16", "int8", "sign")
 INT8_LEVELS = 127
 # Rows a chunk: 16k pay numpy's call overhead, whole columns pay memory bandwidth. One scan of 1M x
 # 384 bits took 1.2 copies of the codes with 64k, 2.1 with 16k, 3.1 unchunked, 7.9 row-major.
@@ -68,7 +69,12 @@ class Codec:
 
     def __post_init__(self) -> None:
         """Refuses, before any data is touched, what could not be encoded."""
-        self.spec.layout((1, 1))
+        known = self.spec.grid.name in GRIDS and self.spec.scale.kind in ("none", "row")
+        if not known or self.spec.packing.kind != "dense":
+            raise InvalidKnob(
+                f"numpy has no arithmetic for {self.spec.name!r}; it has fp32, fp16, int8/row and "
+                "sign, the last two with scales in f32 or f16"
+            )
         if self.spec.rounding.kind != "nearest":
             raise InvalidKnob(
                 f"codec {self.spec.name!r}: numpy rounds to nearest only; leave out "

@@ -10,11 +10,20 @@
 
 Examples: `int8/row`, `sign`, `sign/row:f16`, `int4/group32/stochastic`, `e4m3/expand128`. A name is
 saved beside the data, so its meaning never changes: what changes gets another name.
+
+How codes lie in bytes (n rows of d coordinates, N = n d):
+
+    dense    (n, ceil(d bits / 8)) bytes, lowest bit first; int* are two's complement
+    byte     (n, d), one code a byte
+    entropy  blocks (see `blocks`) of one byte a coordinate, each a raw deflate stream of Huffman
+             codes alone; floats are rotated left by a bit, so that the exponent fills the byte that
+             is coded, and keep their other bytes as they are
+    bitmap   a bit a coordinate, 0 for zeros (-0.0 is one); then the codes of the others, dense
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from memwise.errors import InvalidKnob
@@ -30,6 +39,7 @@ SCALES = ("none", "tensor", "row", "column", "rank1", "group", "expand")
 SCALE_BYTES = {"f32": 4, "f16": 2}
 ROUNDINGS = ("nearest", "stochastic")
 PACKINGS = ("dense", "byte", "entropy", "bitmap")
+BLOCK = 1 << 15  # 16k pay a tenth more for the calls, 64k leave the cache of a core
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,8 @@ class Grid:
 
     Attributes:
         name: int* symmetric without the lowest code; uint* affine with a zero point; sign is -1 and
-            +1; nf4, dyn*, linear*, learned* are tables of levels; the rest are floating formats.
+            +1; nf4, dyn* (decades, signed), linear* (i / 2^bits from i = 1: positive, no zero) and
+            learned* are tables of levels in rising order; the rest are floating formats.
     """
 
     name: str
@@ -52,6 +63,16 @@ class Grid:
     def bits(self) -> int:
         """Bits of one code."""
         return BITS[self.name]
+
+    @property
+    def affine(self) -> bool:
+        """Whether codes count up from a stored zero point, the least coordinate."""
+        return self.name.startswith("uint")
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether zero is one of the levels, so that zeros stay zeros."""
+        return not (self.affine or self.name in ("sign", "linear4", "linear8", *LEARNED))
 
 
 @dataclass(frozen=True)
@@ -101,7 +122,9 @@ class Rounding:
     """How a scaled coordinate becomes a level: the nearest, or a fair draw of the two around it.
 
     Attributes:
-        kind: nearest (ties to even) or stochastic (needs a seeded generator).
+        kind: nearest (ties to even) or stochastic (needs a seeded generator). A draw is fair to
+            what is rounded, which under `expand` is the power. Stochastic signs take the largest
+            magnitude as their factor, as a mean would clip.
     """
 
     kind: str = "nearest"
@@ -134,7 +157,7 @@ class Array:
     """One stored array of a codec: little endian, C order.
 
     Attributes:
-        dtype: numpy's short name: u1, i1, f2, f4.
+        dtype: numpy's short name: u1, i1, f2, f4; u2 holds the bits of bf16.
         shape: elements along each axis.
     """
 
@@ -187,29 +210,139 @@ class Spec:
         """The stored arrays for a tensor of `shape`, whose last axis is the row.
 
         Raises:
-            InvalidKnob: if the combination is in the grammar but has no layout yet.
+            InvalidKnob: if the parts do not go together, or their bytes depend on the data.
         """
-        if not shape:
-            raise InvalidKnob("a codec needs at least one axis; reshape the number to (1,)")
-        n_rows, width = math.prod(shape[:-1]), shape[-1]
-        dense = self.packing.kind == "dense"
-        if not dense or self.scale.kind not in ("none", "row") or self.grid.name not in _CODES:
+        arrays = self.scales(shape)
+        if self.packing.kind in ("entropy", "bitmap"):
             raise InvalidKnob(
-                f"codec {self.name!r} has no layout yet; laid out are fp32, fp16, int8/row and "
-                "sign, the last two with scales in f32 or f16"
+                f"codec {self.name!r} has no layout before it has seen data; encode, then ask "
+                "`nbytes` of the result"
             )
-        codes = -(-width // 8) if self.grid.name == "sign" else width
-        arrays = {"codes": Array(_CODES[self.grid.name], (n_rows, codes))}
-        if self.scale.kind == "row":
-            arrays["scale"] = Array(f"f{SCALE_BYTES[self.scale.dtype]}", (n_rows,))
+        n_rows, width = math.prod(shape[:-1]), shape[-1]
+        dtype = "u1" if self.packing.kind == "byte" else _CODES.get(self.grid.name, "u1")
+        n_bits = 8 if self.packing.kind == "byte" else self.grid.bits
+        n_codes = -(-width * n_bits // 8) if n_bits < 8 else width
+        return {"codes": Array(dtype, (n_rows, n_codes)), **arrays}
+
+    def scales(self, shape: Sequence[int]) -> Mapping[str, Array]:
+        """The stored arrays beside the codes: factors, zero points, powers and learned levels.
+
+        Raises:
+            InvalidKnob: if the parts do not go together.
+        """
+        self._refuse(shape)
+        dtype = f"f{SCALE_BYTES[self.scale.dtype]}"
+        count = self._factors(shape)
+        arrays = {"scale": Array(dtype, (count,))} if count is not None else {}
+        if self.scale.kind == "expand":
+            # The centre of second moments lies far below the smallest half.
+            arrays |= {"power": arrays["scale"], "centre": Array("f4", arrays["scale"].shape)}
+        if self.grid.affine:
+            arrays["zero"] = arrays["scale"]
+        if self.grid.name in LEARNED:
+            arrays["levels"] = Array("f4", (1 << self.grid.bits,))
         return arrays
 
     def nbytes(self, shape: Sequence[int]) -> int:
         """Exact bytes of a stored tensor of `shape`, scales included."""
         return sum(array.nbytes for array in self.layout(shape).values())
 
+    def _factors(self, shape: Sequence[int]) -> int | None:
+        """How many factors a tensor of `shape` has; rank1 has one for every index of every axis."""
+        match self.scale.kind:
+            case "tensor":
+                return 1
+            case "row":
+                return math.prod(shape[:-1])
+            case "column":
+                return shape[-1]
+            case "rank1":
+                return sum(shape)
+            case "group" | "expand":
+                return -(-math.prod(shape) // self.scale.group)
+        return None
 
-_CODES = {"fp32": "f4", "fp16": "f2", "int8": "i1", "sign": "u1"}
+    def _refuse(self, shape: Sequence[int]) -> None:
+        """Says which parts of the name do not go together."""
+        if not shape:
+            raise InvalidKnob("a codec needs at least one axis; reshape the number to (1,)")
+        scale, packing = self.scale.kind, self.packing.kind
+        if (self.grid.affine or self.grid.name == "sign") and scale in ("rank1", "expand"):
+            raise InvalidKnob(
+                f"codec {self.name!r}: {scale} works on largest magnitudes, which "
+                f"{self.grid.name!r} does not use; take row, column or a group"
+            )
+        if scale == "rank1" and len(shape) < 2:
+            raise InvalidKnob(
+                f"codec {self.name!r} needs two axes, got shape {tuple(shape)}: one axis would "
+                "keep a factor a coordinate; take a group"
+            )
+        if packing == "byte" and self.grid.name in FLOATS:
+            raise InvalidKnob(f"codec {self.name!r}: a float does not fit a byte; leave out 'byte'")
+        if packing == "bitmap" and not self.grid.has_zero:
+            raise InvalidKnob(
+                f"codec {self.name!r}: a bitmap leaves zeros out, and {self.grid.name!r} has no "
+                "level at zero"
+            )
+
+
+@dataclass(frozen=True)
+class Block:
+    """Coordinates that are encoded together: whole rows, or a part of one row.
+
+    Attributes:
+        first: first row.
+        n_rows: rows.
+        column: first column.
+        width: columns.
+        start: place of the first coordinate in flat order; the others follow without a gap.
+    """
+
+    first: int
+    n_rows: int
+    column: int
+    width: int
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Coordinates of the block."""
+        return self.n_rows * self.width
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the block."""
+        return slice(self.first, self.first + self.n_rows)
+
+    @property
+    def columns(self) -> slice:
+        """The columns of the block."""
+        return slice(self.column, self.column + self.width)
+
+    @property
+    def flat(self) -> slice:
+        """The coordinates of the block in flat order."""
+        return slice(self.start, self.start + self.size)
+
+
+def blocks(n_rows: int, width: int, first: int = 0, size: int = BLOCK) -> Iterator[Block]:
+    """Cuts rows `first` to `first + n_rows` into blocks of at most `size` coordinates.
+
+    A row counts as a multiple of eight coordinates, so that its codes fill whole bytes. The entropy
+    packing stores one stream a block: `size` is part of its format.
+    """
+    padded = max(8, -(-width // 8) * 8)
+    if padded <= size:
+        step = size // padded
+        for row in range(first, first + n_rows if width else first, step):
+            yield Block(row, min(step, first + n_rows - row), 0, width, row * width)
+        return
+    for row in range(first, first + n_rows):
+        for column in range(0, width, size):
+            yield Block(row, 1, column, min(size, width - column), row * width + column)
+
+
+_CODES = {"fp32": "f4", "fp16": "f2", "bf16": "u2", "int8": "i1"}  # the others are bytes
 _SCALE = re.compile(r"(tensor|row|column|rank1|group|expand)(\d*)(?::(f32|f16))?")
 
 
