@@ -89,6 +89,19 @@ def test_an_item_that_is_said_again_survives_its_own_expiry() -> None:
     assert [item.text for item in memory.view().scan("fact")] == ["Ana lives in Lisbon."]
 
 
+def test_an_item_that_is_said_again_goes_if_that_very_addition_is_let_go() -> None:
+    memory = opened(Plain())
+    memory.add("I live in Lisbon.", actor="Ana")
+    same = Add.like(fact(memory, "Ana lives in Lisbon."))
+
+    def plan(step: Step) -> list[Op]:
+        again = Add(**_fields(same), sources=step.told())
+        return [again, Expire(again)]
+
+    memory.act(plan)
+    assert memory.view().scan("fact") == []
+
+
 def _fields(add: Add) -> dict[str, object]:
     return {name: getattr(add, name) for name in Add.__slots__ if name != "sources"}
 

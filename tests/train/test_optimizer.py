@@ -236,3 +236,13 @@ def test_a_sparse_gradient_is_refused() -> None:
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(InvalidKnob, match="dense"):
         optimizer.step()
+
+
+def test_parameters_draw_for_themselves() -> None:
+    given = [torch.zeros(16, 32, requires_grad=True) for _ in range(2)]
+    for param in given:
+        param.grad = torch.linspace(-1, 1, 512).view(16, 32)
+    optimizer = Stored({"exp_avg": "int4/row/stochastic"})(given)
+    optimizer.step()
+    first, second = (optimizer.state[param]["exp_avg.codes"] for param in given)
+    assert not torch.equal(first, second)

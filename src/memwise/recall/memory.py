@@ -192,8 +192,8 @@ class Memory:
         with self._lock, self._store.guard():
             for _, group in groupby(adds, key=lambda a: a.session):
                 for part in self._keeper.portions(list(group)):
-                    first = call is not None or receipt.operation is None
-                    with nullcontext() if first else self.whole(receipt.operation):
+                    begun = call is None and receipt.operation is not None
+                    with self.whole(receipt.operation) if begun else nullcontext():
                         receipt += self._store_turns(part, now, receipt.operation)
         return receipt
 

@@ -82,3 +82,15 @@ def lowest(memory: Memory) -> int:
     items = view.scan("turn")
     worth = memory.policy.retention(items, view.now)
     return min(zip(worth, (item.row for item in items), strict=True))[1]
+
+
+def test_the_summary_of_a_session_that_went_on_rests_on_all_of_its_turns() -> None:
+    with Memory(":memory:", policy=MemoryBank(summary_ratio=1.0), embedder="none") as memory:
+        memory.add("Ana keeps bees on the roof.", actor="Ana", session="a", at="2026-01-01")
+        memory.reflect()
+        memory.add("Rita bakes rye bread.", actor="Ana", session="a", at="2026-01-02")
+        memory.reflect()
+        (summary,) = memory.view().scan("summary")
+        assert "bees" in summary.text
+        assert "bread" in summary.text
+        assert len(memory.view().sources([summary])[summary.row]) == 2

@@ -21,10 +21,10 @@ from memwise.recall.engine.pack import Candidate, Draft, pack
 from memwise.recall.engine.rank import Encode, Query, Ranking, Recipe, rank
 from memwise.recall.engine.records import FOREVER, SOURCES, Add, Context, Instant, Item, Link, Op
 from memwise.recall.engine.store import SQLite
-from memwise.recall.engine.tables import Bank
+from memwise.recall.engine.tables import TAIL, Bank
 
 _NO_QUERY = Query("")
-_CONTEXT = 4  # turns that an extractor sees before those it reads
+_CONTEXT = TAIL  # turns that an extractor sees before those it reads: those at hand
 
 
 @dataclass(frozen=True)

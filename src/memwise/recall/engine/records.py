@@ -168,7 +168,8 @@ class Connect:
 class Expire:
     """Let a derived item go; it stays visible to queries about earlier knowledge.
 
-    An item that an `Add` before it in the same list says again stays.
+    An item that an `Add` before it in the same list says again stays, unless it is that `Add` which
+    is let go.
     """
 
     item: Ref

@@ -282,8 +282,9 @@ class SQLite(Tables):
 
     def _expire(self, change: _Change, refs: Sequence[Ref]) -> None:
         self._flush(change)
-        for row in map(change.row, refs):
-            if row in change.again:
+        for ref in refs:
+            row = change.row(ref)
+            if row in change.again and not isinstance(ref, Add):
                 continue  # it was just said again: an equal successor is no other item
             found = self.db.execute(
                 "UPDATE items SET expired = ? WHERE row = ? AND expired IS NULL "

@@ -16,7 +16,7 @@ class BM25(Policy):
 
     card = Card(
         paper=None,
-        claim="R@10 of LoCoMo turns 0.61",
+        claim="what the words alone are worth",
         check="turn_ranking",
         baseline="random_recall",
         better="higher",

@@ -16,7 +16,7 @@ class Dense(Policy):
 
     card = Card(
         paper=None,
-        claim="R@10 of LoCoMo turns 0.43 with MiniLM",
+        claim="what the vectors alone are worth",
         check="turn_ranking",
         baseline="random_recall",
         better="higher",

@@ -14,7 +14,7 @@ class Fifo(Policy):
 
     card = Card(
         paper=None,
-        claim="keeps the evidence of 0.185 of the re-asked questions in a quarter of the bytes",
+        claim="what keeping the newest is worth under the same byte budget",
         check="byte_stream",
         baseline="random_eviction",
         better="higher",

@@ -20,7 +20,7 @@ class Lfu(Policy):
 
     card = Card(
         paper=None,
-        claim="keeps the evidence of 0.511 of the re-asked and 0.356 of the new questions",
+        claim="what the number of recalls alone is worth for forgetting",
         check="byte_stream",
         baseline="fifo",
         better="higher",

@@ -20,7 +20,7 @@ class Lru(Policy):
 
     card = Card(
         paper=None,
-        claim="keeps the evidence of 0.450 of the re-asked and 0.446 of the new questions",
+        claim="what the time of the last recall alone is worth for forgetting",
         check="byte_stream",
         baseline="fifo",
         better="higher",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from memwise.catalogue import Card
 from memwise.recall.engine.pack import Draft, pack
 from memwise.recall.engine.policy import Policy, Step
-from memwise.recall.engine.records import Add, Context, Instant, Item, Op, Replace, Touch
+from memwise.recall.engine.records import SOURCES, Add, Context, Instant, Item, Op, Replace, Touch
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,14 @@ class MemoryBank(Policy):
     summary_ratio: float = 0.2
 
     def on_session_end(self, step: Step) -> Sequence[Op]:
-        text = " ".join(turn.text for turn in step.turns)
-        gist = step.extract.gist(text, self.summary_ratio) if self.summary_ratio else ""
         last = step.turns[-1]
+        told = step.scan(*SOURCES, session=last.session)  # also what an earlier end has seen
+        text = " ".join(turn.text for turn in told)
+        gist = step.extract.gist(text, self.summary_ratio) if self.summary_ratio else ""
         old = step.scan("summary", session=last.session)
         if not gist or gist in (item.text for item in old):
             return []
-        new = Add("summary", gist, sources=step.turns, at=last.at, session=last.session)
+        new = Add("summary", gist, sources=told, at=last.at, session=last.session)
         return [Replace(old[-1], new, "the session went on")] if old else [new]
 
     def on_recall(self, step: Step) -> Sequence[Op]:

@@ -17,7 +17,7 @@ class MostRecent(Policy):
 
     card = Card(
         paper=None,
-        claim="R@10 of LoCoMo turns 0.01",
+        claim="what the newest turns are worth to a question",
         check="turn_ranking",
         baseline="random_recall",
         better="higher",

@@ -23,7 +23,7 @@ class RandomEviction(Policy):
 
     card = Card(
         paper=None,
-        claim="keeps the evidence of 0.265 of the re-asked questions in a quarter of the bytes",
+        claim="what is left if chance decides what is forgotten",
         check="byte_stream",
         baseline="fifo",
         better="higher",

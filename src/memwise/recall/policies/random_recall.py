@@ -24,7 +24,7 @@ class RandomRecall(Policy):
 
     card = Card(
         paper=None,
-        claim="R@10 of LoCoMo turns 0.02",
+        claim="chance",
         check="turn_ranking",
         baseline="most_recent",
         better="higher",

@@ -22,7 +22,7 @@ class ReversedRetention(Policy):
 
     card = Card(
         paper=None,
-        claim="keeps the evidence of 0.077 of the re-asked questions, less than chance",
+        claim="keeps less of the re-asked evidence than the curve as it was meant",
         check="byte_stream",
         baseline="fifo",
         better="lower",

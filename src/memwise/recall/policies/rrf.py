@@ -22,7 +22,7 @@ class RRF(Policy):
 
     card = Card(
         paper=None,
-        claim="R@10 of LoCoMo turns 0.64 at c = 1-10, 0.56 at the customary c = 60",
+        claim="the customary fusion of words and vectors by their ranks",
         check="turn_ranking",
         baseline="dense",
         better="higher",

@@ -122,7 +122,7 @@ class MemOptimizer(torch.optim.Optimizer):
         names = self.policy.codecs(param.shape)
         state = self.state[param]
         if not state:
-            state.update(_fresh(param, self.policy.rule, names))
+            state.update(_fresh(param, self.policy.rule, names, len(self.state)))
         state["step"] += 1
         _Move(param, grad, self.policy.rule, names, state, group).run()
 
@@ -160,15 +160,15 @@ def plane(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _fresh(param: Tensor, rule: Rule, names: Mapping[str, str]) -> dict[str, Any]:
+def _fresh(param: Tensor, rule: Rule, names: Mapping[str, str], seed: int) -> dict[str, Any]:
     """The state before the first step; encoded states are flat: name.array."""
-    state: dict[str, Any] = {"step": 0, "codecs": _codec_line(rule, names)}
+    state: dict[str, Any] = {"step": 0, "seed": seed, "codecs": _codec_line(rule, names)}
     for name in rule.states:
         zeros = torch.zeros(plane(param.shape), dtype=torch.float32, device=param.device)
         if name not in names:
             state[name] = zeros
             continue
-        packed = _codec(names[name]).encode(zeros, _draws(param, 0))
+        packed = _codec(names[name]).encode(zeros, _draws(param, seed, 0))
         state |= {f"{name}.{part}": array for part, array in packed.arrays.items()}
     return state
 
@@ -188,9 +188,10 @@ def _codec(name: str) -> Codec:
     return Codec(spec)
 
 
-def _draws(param: Tensor, t: int) -> torch.Generator:
-    """A generator for stochastic codecs that a resumed run finds in the same state."""
-    return torch.Generator(param.device).manual_seed(t)
+def _draws(param: Tensor, seed: int, t: int) -> torch.Generator:
+    """A parameter's own draws for stochastic codecs; a resumed run makes the same ones."""
+    # The CPU's generator takes 32 bits of its seed; the odd factor spreads neighbours over them.
+    return torch.Generator(param.device).manual_seed((seed * 0x9E3779B1 + t) % (1 << 32))
 
 
 class _Move:
@@ -215,7 +216,7 @@ class _Move:
         size = (self.rows, shape[1])
         count = len(self.codecs) + 1 + (param.dtype != torch.float32)
         self.blocks = list(torch.empty((count, *size), dtype=torch.float32, device=param.device))
-        self.draws = _draws(param, self.t)
+        self.draws = _draws(param, int(state["seed"]), self.t)
 
     def run(self) -> None:
         """Decode, apply the rule, encode, block after block."""
@@ -223,7 +224,7 @@ class _Move:
         for rows in self._ranges():
             states, weight = self._decoded(rows), self._weight(rows)
             self._apply(rows, weight, states)
-            if weight.data_ptr() != self.weight[rows].data_ptr():
+            if self.param.dtype != torch.float32:
                 self.weight[rows].copy_(weight)
             for name, codec in self.codecs.items():
                 codec.encode_rows(target[name], rows, states[name], self.draws)
