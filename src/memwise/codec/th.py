@@ -17,9 +17,8 @@ import torch
 from memwise.codec import np as on_numpy
 from memwise.codec import th_scale, th_store
 from memwise.codec.spec import FLOATS, LEARNED, Block, Spec, blocks, parse
-from memwise.codec.th_grid import draw_bf16, draw_float, fit, levels
+from memwise.codec.th_grid import FLOAT_TYPES, fit, levels, round_float
 from memwise.codec.th_pack import Tensor, Work
-from memwise.codec.th_store import KINDS
 from memwise.errors import InvalidKnob
 
 SAMPLE = 1 << 16  # coordinates that a learned table is fitted to
@@ -184,7 +183,7 @@ class Codec:
 
     def _lossless(self, dtype: torch.dtype) -> bool:
         """Whether bit patterns are kept, so that NaN and infinity may pass."""
-        kind = KINDS.get(self.spec.grid.name)
+        kind = FLOAT_TYPES.get(self.spec.grid.name)
         exact = kind is not None and torch.promote_types(dtype, kind) == kind
         return exact and self.spec.packing.kind == "entropy"
 
@@ -222,7 +221,7 @@ class Codec:
 
     def _require_range(self, flat: Tensor) -> None:
         """Refuses finite numbers that the format would turn into infinity."""
-        kind = KINDS[self.spec.grid.name]
+        kind = FLOAT_TYPES[self.spec.grid.name]
         low, high = torch.aminmax(flat) if len(flat) else (flat.new_zeros(()),) * 2
         largest = max(-float(low), float(high))
         if largest > torch.finfo(kind).max:
@@ -257,7 +256,7 @@ class Codec:
         self, flat: Tensor, shape: Sequence[int], rows: slice, generator: torch.Generator | None
     ) -> Iterator[tuple[Block, Tensor]]:
         """The floats of the rows in the format of the grid."""
-        kind = KINDS[self.spec.grid.name]
+        kind = FLOAT_TYPES[self.spec.grid.name]
         if flat.dtype == kind:  # not through float32, which would quieten a signalling NaN
             width = shape[-1]
             for block in blocks(rows.stop - rows.start, width, rows.start):
@@ -265,12 +264,7 @@ class Codec:
                 yield block, flat[begin : begin + block.size]
             return
         for block, work in self._scaled(flat, shape, rows, {}, 1.0):
-            if generator is not None and self.spec.rounding.kind == "stochastic":
-                if kind == torch.bfloat16:
-                    draw_bf16(work, generator)
-                elif kind == torch.float16:
-                    draw_float(work, 10, -24, generator)
-            yield block, work.y.to(kind)
+            yield block, round_float(self.spec, work, generator)
 
     def _scaled(
         self,

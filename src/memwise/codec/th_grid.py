@@ -15,6 +15,7 @@ from memwise.codec.spec import INTEGERS, LEARNED, MINIFLOATS, Spec
 from memwise.codec.th_pack import Tensor, Work
 
 LLOYD_ROUNDS = 30
+FLOAT_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _MINIFLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
@@ -70,7 +71,7 @@ class Steps:
     def nearest(self, work: Work) -> None:
         """Codes of the nearest levels, ties to even."""
         self._count(work)
-        self._write(work.y.round_(), work.codes)
+        self._write(work, work.y.round_())
 
     def stochastic(self, work: Work, generator: torch.Generator) -> None:
         """Codes of the levels below or above."""
@@ -78,20 +79,18 @@ class Steps:
         whole = torch.floor(work.y, out=work.other)
         draw = work.uniform(generator)
         whole += torch.gt(work.y.sub_(whole), draw, out=draw)
-        self._write(whole, work.codes)
+        self._write(work, whole)
 
     def _count(self, work: Work) -> None:
         if self.stretch != 1:
             work.y.mul_(self.stretch).sub_(self.shift)
 
-    def _write(self, steps: Tensor, codes: Tensor) -> None:
-        steps.clamp_(self.first, self.last)
-        if self.first == 0:
-            codes.copy_(steps)
-            return
-        codes.view(torch.int8).copy_(steps)
-        if self.bits < 8:
-            codes.bitwise_and_((1 << self.bits) - 1)
+    def _write(self, work: Work, steps: Tensor) -> None:
+        # Through 32 bits: two fast conversions, where floats to bytes are one slow one.
+        index = work.index.copy_(steps.clamp_(self.first, self.last))
+        if self.first < 0:
+            index.bitwise_and_((1 << self.bits) - 1)
+        work.codes.copy_(index)
 
 
 @dataclass(frozen=True)
@@ -195,6 +194,17 @@ class Minifloat:
         """Codes of the numbers below or above."""
         draw_float(work, self.mantissa, self.least, generator)
         self.nearest(work)
+
+
+def round_float(spec: Spec, work: Work, generator: torch.Generator | None) -> Tensor:
+    """The coordinates of a block in the floating format of the grid."""
+    kind = FLOAT_TYPES[spec.grid.name]
+    if generator is not None and spec.rounding.kind == "stochastic":
+        if kind == torch.bfloat16:
+            draw_bf16(work, generator)
+        elif kind == torch.float16:
+            draw_float(work, 10, -24, generator)
+    return work.y.to(kind)
 
 
 def draw_bf16(work: Work, generator: torch.Generator) -> None:

@@ -24,31 +24,42 @@ class Work:
     Attributes:
         y: (n,) float32, the coordinates on their way.
         other: (n,) float32, factors or lower levels.
-        words: (n / 2,) int64, seen as `index` or as random bits.
+        words: (n / 2,) int64, for random bits.
+        index: (n,) int32 in the memory of `words`.
         codes: (n,) uint8.
     """
 
     y: Tensor
     other: Tensor
     words: Tensor
+    index: Tensor
     codes: Tensor
 
     @classmethod
     def of(cls, n: int, device: torch.device) -> "Work":
         """Scratch for up to `n` coordinates, 13 bytes each."""
         n = -(-n // 8) * 8
-        y, other = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
+        y = torch.empty(n, dtype=torch.float32, device=device)
+        return cls.around(n, device).over(y)
+
+    @classmethod
+    def around(cls, n: int, device: torch.device) -> "Work":
+        """Scratch for up to `n` coordinates that lie elsewhere (see `over`), 9 bytes each."""
+        n = -(-n // 8) * 8
+        other = torch.empty(n, dtype=torch.float32, device=device)
         words = torch.empty(n // 2, dtype=torch.int64, device=device)
-        return cls(y, other, words, torch.empty(n, dtype=torch.uint8, device=device))
+        codes = torch.empty(n, dtype=torch.uint8, device=device)
+        return cls(other[:0], other, words, words.view(torch.int32), codes)
+
+    def over(self, y: Tensor) -> "Work":
+        """The same scratch around other coordinates (n,)."""
+        n = len(y)
+        words = self.words[: (n + 1) // 2]
+        return Work(y, self.other[:n], words, self.index[:n], self.codes[:n])
 
     def cut(self, n: int) -> "Work":
         """The first `n` coordinates."""
-        return Work(self.y[:n], self.other[:n], self.words[: (n + 1) // 2], self.codes[:n])
-
-    @property
-    def index(self) -> Tensor:
-        """(n,) int32 in the memory of `words`."""
-        return self.words.view(torch.int32)[: len(self.y)]
+        return self.over(self.y[:n])
 
     def uniform(self, generator: torch.Generator) -> Tensor:
         """(n,) float32 in [0, 1), multiples of 2^-23, in the memory of `words`."""
@@ -64,6 +75,10 @@ def pack(codes: Tensor, n_bits: int, out: Tensor) -> None:
         out.copy_(codes)
         return
     if not codes.numel():
+        return
+    if n_bits == 4 and codes.is_contiguous() and codes.shape[1] % 2 == 0:
+        twos = codes.view(torch.int16)  # little-endian: the first code is the lower byte
+        out.copy_(twos.bitwise_or_(twos >> 4))  # of which the lower one is kept
         return
     spare = -codes.shape[1] % 8
     words = (torch.nn.functional.pad(codes, (0, spare)) if spare else codes).view(torch.int64)
@@ -86,10 +101,10 @@ def unpack(packed: Tensor, n_bits: int, width: int) -> Tensor:
     return words.view(torch.uint8)[:, :width]
 
 
-def pairs(packed: Tensor, n_bits: int, width: int) -> Tensor:
+def pairs(packed: Tensor, n_bits: int, width: int, work: Work) -> Tensor:
     """Codes two by two, (r, ceil(w / 2)) of 2 b bits, the first code in the lower ones."""
     if n_bits == 4:
-        return packed.to(torch.int32)
+        return work.index[: packed.numel()].view(packed.shape).copy_(packed)
     return _spread(packed, n_bits).view(torch.int16)[:, : -(-width // 2)].to(torch.int32)
 
 

@@ -51,9 +51,29 @@ def find(spec: Spec, x: Tensor, shape: Sequence[int], peak: float) -> dict[str, 
         return {}
     if spec.scale.kind == "rank1":
         peak = 1.0  # the least of two factors is taken first, and divided by the peak then
+    return {"scale": _store(spec, for_peak(spec, largest, peak))}
+
+
+def renew(spec: Spec, arrays: Mapping[str, Tensor], block: Block, x: Tensor, peak: float) -> None:
+    """Writes the factors of the rows x (r, w) alone; x is finite and no group is cut.
+
+    Factors that other rows share, those of rank1, stay as they are.
+    """
+    kind, group = spec.scale.kind, spec.scale.group
+    if kind in ("none", "rank1"):
+        return
+    place = block.rows
+    if kind != "row":
+        place = slice(block.start // group, -(-(block.start + block.size) // group))
+    for name, fresh in find(spec, x.view(-1), x.shape, peak).items():
+        arrays[name][place] = fresh
+
+
+def for_peak(spec: Spec, largest: Tensor, peak: float) -> Tensor:
+    """Factors that bring the largest magnitudes to the peak of the grid."""
     # A tensor, as a number would be turned into its reciprocal on some devices.
-    wanted = largest / largest.new_tensor(peak)
-    return {"scale": _store(spec, torch.where(largest > 0, _normal(spec, wanted), _zero(spec)))}
+    wanted = largest if peak == 1 else largest / largest.new_tensor(peak)
+    return torch.where(largest > 0, _normal(spec, wanted), _zero(spec))
 
 
 def divisors(spec: Spec, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,15 +104,15 @@ def divide(
     """
     if spec.scale.kind == "none":
         return
-    y = work.y.view(block.n_rows, block.width)
+    y, factor = _laid_out(spec, shape, block, work.y, work.other)
     if spec.grid.affine:
-        y.sub_(_factor(spec, arrays["zero"], shape, block, work.other))
+        y.sub_(factor(arrays["zero"]))
     if spec.scale.kind == "expand":
         sign = torch.signbit(y)
-        y.abs_().div_(_factor(spec, arrays["centre"], shape, block, work.other))
-        y.pow_(_factor(spec, arrays["power"], shape, block, work.other))
+        y.abs_().div_(factor(arrays["centre"]))
+        y.pow_(factor(arrays["power"]))
         torch.where(sign, -y, y, out=y)
-    scale = _factor(spec, arrays["scale"], shape, block, work.other)
+    scale = factor(arrays["scale"])
     if spec.scale.kind == "rank1" and peak != 1:
         scale = scale.div_(scale.new_tensor(peak))
     y.div_(scale)
@@ -103,29 +123,45 @@ def multiply(
     arrays: Mapping[str, Tensor],
     shape: Sequence[int],
     block: Block,
-    y: Tensor,
+    levels: Tensor,
     scratch: Tensor,
     peak: float,
 ) -> None:
-    """Undoes `divide` for levels y (r, w), in place; `scratch` has the size of the block."""
+    """Undoes `divide` for levels (r, w), in place; `scratch` has the size of the block."""
     if spec.scale.kind == "none":
         return
-    scale = _factor(spec, arrays["scale"], shape, block, scratch)
+    y, factor = _laid_out(spec, shape, block, levels, scratch)
+    scale = factor(arrays["scale"])
     if spec.scale.kind == "rank1" and peak != 1:
         scale = scale.div_(scale.new_tensor(peak))
     y.mul_(scale)
     if spec.grid.affine:
-        y.add_(_factor(spec, arrays["zero"], shape, block, scratch))
+        y.add_(factor(arrays["zero"]))
     if spec.scale.kind == "expand":
         sign = torch.signbit(y)
-        y.abs_().pow_(_factor(spec, arrays["power"], shape, block, scratch).reciprocal_())
-        y.mul_(_factor(spec, arrays["centre"], shape, block, scratch))
+        y.abs_().pow_(factor(arrays["power"]).reciprocal())
+        y.mul_(factor(arrays["centre"]))
         torch.where(sign, -y, y, out=y)
 
 
 def keeps_zero_scale(spec: Spec) -> bool:
     """Whether zeros come back through a factor of zero, as no level is zero or none is shared."""
     return spec.scale.kind == "rank1" or not spec.grid.has_zero
+
+
+def _laid_out(
+    spec: Spec, shape: Sequence[int], block: Block, y: Tensor, out: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """A view of the block, and what gives the factors that go with it; `out` is scratch for them.
+
+    Whole groups are seen as rows, so that their factors need not be spread over a block.
+    """
+    group = spec.scale.group
+    if group and y.is_contiguous() and not block.start % group and not block.size % group:
+        groups = slice(block.start // group, (block.start + block.size) // group)
+        return y.view(-1, group), lambda factors: factors[groups].float()[:, None]
+    matrix = y.view(block.n_rows, block.width)
+    return matrix, lambda factors: _factor(spec, factors, shape, block, out)
 
 
 def _factor(spec: Spec, scale: Tensor, shape: Sequence[int], block: Block, out: Tensor) -> Tensor:

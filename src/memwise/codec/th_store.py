@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from memwise.codec.spec import BLOCK, FLOATS, MINIFLOATS, Block, Spec, blocks
-from memwise.codec.th_grid import levels, pair_table
+from memwise.codec.th_grid import FLOAT_TYPES, levels, pair_table
 from memwise.codec.th_pack import (
     Tensor,
     Work,
@@ -23,7 +23,12 @@ from memwise.codec.th_pack import (
     unrotate,
 )
 
-KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TORCH_TYPES = {
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+}
 _DTYPES = {
     "u1": torch.uint8,
     "i1": torch.int8,
@@ -84,13 +89,13 @@ def read(
 def look_up(spec: Spec, table: Tensor, codes: Tensor, block: Block, work: Work) -> Tensor:
     """Levels (r, w) float32, in scratch memory, of what `read` gave."""
     if spec.packing.kind == "dense" and spec.grid.bits < 8:
-        index = pairs(codes, spec.grid.bits, block.width)  # (r, ceil(w / 2))
+        index = pairs(codes, spec.grid.bits, block.width, work)  # (r, ceil(w / 2))
         two = work.y.view(torch.int64)[: index.numel()]
         torch.index_select(pair_table(spec, table), 0, index.view(-1), out=two)
         return two.view(torch.float32).view(block.n_rows, -1)[:, : block.width]
     y = work.y[: block.size].view(block.n_rows, block.width)
-    if spec.grid.name in ("int8", "uint8"):
-        return y.copy_(codes.view(torch.int8) if spec.grid.name == "int8" else codes)
+    if spec.grid.name in TORCH_TYPES:
+        return y.copy_(codes.view(TORCH_TYPES[spec.grid.name]))
     index = work.index[: block.size].view_as(y).copy_(codes)
     torch.index_select(table, 0, index.view(-1), out=y.view(-1))
     return y
@@ -104,7 +109,7 @@ def _columns(spec: Spec, block: Block) -> slice:
 
 def _seen(spec: Spec, codes: Tensor) -> Tensor:
     """Stored codes as floats of their grid, or as bytes."""
-    return codes.view(KINDS.get(spec.grid.name, torch.uint8))
+    return codes.view(FLOAT_TYPES.get(spec.grid.name, torch.uint8))
 
 
 def _write_entropy(spec: Spec, parts: Parts, total: int, device: torch.device) -> dict[str, Tensor]:
@@ -147,7 +152,7 @@ def _write_bitmap(
         kept.append(part[present])
         columns = slice(block.column // 8, -(-block.columns.stop // 8))
         pack(present.to(torch.uint8).view(block.n_rows, -1), 1, bitmap[block.rows, columns])
-    dtype = KINDS.get(spec.grid.name, torch.uint8)
+    dtype = FLOAT_TYPES.get(spec.grid.name, torch.uint8)
     codes = torch.cat(kept) if kept else torch.empty(0, dtype=dtype, device=device)
     if spec.grid.bits < 8:
         size = -(-len(codes) * spec.grid.bits // 8)

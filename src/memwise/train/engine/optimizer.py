@@ -1,12 +1,13 @@
 """The optimizer engine: states in few bytes between steps, in float32 for a moment and in blocks.
 
-A policy says by which rule a parameter moves and with which codec each state is stored. A step goes
-through a parameter in blocks of rows: gradient and weights of the block in float32, its states
-decoded, the rule applied, the states encoded again in place. So no second copy of a parameter or of
-a state ever exists; what a step allocates is a few blocks.
+A policy says by which rule a parameter moves, with which codec each state is stored, and in which
+subspace, if any, its gradient is seen. A step goes through a parameter in blocks of rows: gradient
+and weights of the block in float32, its states decoded, the rule applied, the states encoded again
+in place. So no second copy of a parameter or of a state ever exists; what a step allocates is a few
+blocks.
 
-A codec whose factors are shared by rows of different blocks (rank1) is passed twice: first the new
-states are computed for their factors alone, then for their codes.
+A state whose factors are shared by rows of different blocks (rank1) is advanced twice: first alone,
+for its factors, then with the others, for its codes.
 
 Shapes: n rows of d coordinates, r rows in a block.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, TypeAlias
@@ -23,31 +25,37 @@ import torch
 
 from memwise.catalogue import Card
 from memwise.codec.spec import parse
-from memwise.codec.th import Codec, Packed
+from memwise.codec.th import Codec
+from memwise.codec.th_pack import Work
+from memwise.codec.th_rows import Bound, Rows
 from memwise.errors import InvalidKnob
 from memwise.train.engine.rules import AdamW, Rule
+from memwise.train.engine.subspace import Subspace
 
 Tensor: TypeAlias = torch.Tensor
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 
-BLOCK = 1 << 14  # coordinates of a block: 64 KiB in float32
+BLOCK = 3 << 13  # coordinates of a block: 96 KiB in float32
 EXACT = "fp32"
-_SCALES = ("none", "row", "group", "expand", "rank1")  # of which a block of rows can be encoded
 
 
 @dataclass(frozen=True)
 class OptimizerPolicy:
     """How the states of an optimizer are stored; calling it builds the optimizer.
 
-    The base stores them in float32. Override `codecs`.
+    The base stores them in float32, whole. Override `codecs` and `subspace`.
     """
 
     card: ClassVar[Card]
     rule: ClassVar[Rule] = AdamW()
 
     def codecs(self, shape: Sequence[int]) -> Mapping[str, str]:
-        """Name of the codec of each state of a parameter of this shape; left out = float32."""
+        """Name of the codec of each state of this shape; left out = float32."""
         return {}
+
+    def subspace(self, shape: Sequence[int]) -> Subspace | None:
+        """The subspace in which the gradient of a parameter of this shape is seen."""
+        return None
 
     def __call__(self, params: Params, lr: float = 1e-3, **hyper: Any) -> MemOptimizer:
         """An optimizer for these parameters.
@@ -71,7 +79,7 @@ class MemOptimizer(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups.
-        policy: rule and codecs.
+        policy: rule, codecs and subspaces.
         lr: step size.
         hyper: hyperparameters of the rule.
 
@@ -100,31 +108,101 @@ class MemOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move every parameter that has a gradient; returns what the closure returns."""
+        """Move every parameter that has a gradient; returns what the closure returns.
+
+        Raises:
+            InvalidKnob: a gradient is sparse, NaN or infinite; nothing has moved then.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._move(param, group)
+        moving = [
+            (param, group)
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
+        self._require_finite([param for param, _ in moving])
+        scratch = _Scratch()
+        for param, group in moving:
+            self._move(param, group, scratch)
         return loss
 
-    def _move(self, param: Tensor, group: Mapping[str, Any]) -> None:
-        grad = param.grad
-        assert grad is not None
-        if grad.is_sparse or not param.is_floating_point():
+    @contextmanager
+    def step_in_backward(self) -> Iterator[None]:
+        """Move every parameter as soon as its gradient is there, and free the gradient.
+
+        Within this context no more than one gradient exists at a time, and `step` has nothing left
+        to do. Clipping by the norm of all gradients, and accumulating them, need them all at once.
+        """
+        groups = [(param, group) for group in self.param_groups for param in group["params"]]
+        hooks = [
+            param.register_post_accumulate_grad_hook(self._mover(group))
+            for param, group in groups
+            if param.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _mover(self, group: Mapping[str, Any]) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def move(param: Tensor) -> None:
+            self._require_finite([param])
+            self._move(param, group, _Scratch())
+            param.grad = None
+
+        return move
+
+    def _require_finite(self, params: Sequence[Tensor]) -> None:
+        """Refuse, before anything moves, what no code can hold."""
+        sums = []
+        for param in params:
+            grad = param.grad
+            assert grad is not None
+            if grad.is_sparse or not param.is_floating_point():
+                raise InvalidKnob(
+                    f"{type(self.policy).__name__} got a {grad.layout} gradient of {param.dtype}; "
+                    "it moves dense floating parameters"
+                )
+            if self.policy.codecs(param.shape) or self.policy.subspace(param.shape):
+                sums.append(grad.sum(dtype=torch.float32))
+        if sums and not bool(torch.stack(sums).isfinite().all()):
             raise InvalidKnob(
-                f"{type(self.policy).__name__} got a {grad.layout} gradient of {param.dtype}; it "
-                "moves dense floating parameters"
+                f"{type(self.policy).__name__} got a gradient that is NaN or infinite, and moved "
+                "nothing; skip this step as torch.amp.GradScaler does, or clip the gradients"
             )
-        names = self.policy.codecs(param.shape)
-        state = self.state[param]
+
+    def _move(self, param: Tensor, group: Mapping[str, Any], scratch: _Scratch) -> None:
+        subspace, state, grad = self.policy.subspace(param.shape), self.state[param], param.grad
+        assert grad is not None
+        names = self._codecs(param.shape)
         if not state:
-            state.update(_fresh(param, self.policy.rule, names, len(self.state)))
+            line = _codec_line(self.policy.rule, names)
+            state.update({"step": 0, "seed": len(self.state), "codecs": line})
         state["step"] += 1
-        _Move(param, grad, self.policy.rule, names, state, group).run()
+        draws = _draws(param, state)
+        whole = param.is_contiguous()
+        weight = (param.data if whole else param.data.contiguous()).view(plane(param.shape))
+        grad = grad.reshape(weight.shape)
+        if subspace is None:
+            _Move(weight, grad, self.policy.rule, names, state, group, draws, scratch).run()
+        else:
+            low = subspace.down(grad, state, draws)
+            delta, still = torch.zeros_like(low), {**group, "weight_decay": 0.0}
+            _Move(delta, low, self.policy.rule, names, state, still, draws, scratch).run()
+            subspace.up(delta, weight, state, 1 - group["lr"] * group.get("weight_decay", 0.0))
+            subspace.follow(grad, state, draws)
+        if not whole:
+            param.copy_(weight.view(param.shape))
+
+    def _codecs(self, shape: Sequence[int]) -> Mapping[str, str]:
+        """The codecs of the states of a parameter, which are as small as what the rule sees."""
+        subspace = self.policy.subspace(shape)
+        return self.policy.codecs(shape if subspace is None else subspace.shape(plane(shape)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state, bit for bit.
@@ -140,7 +218,7 @@ class MemOptimizer(torch.optim.Optimizer):
             if key not in state_dict["state"]:
                 continue
             kept = state_dict["state"][key]
-            wanted = _codec_line(self.policy.rule, self.policy.codecs(param.shape))
+            wanted = _codec_line(self.policy.rule, self._codecs(param.shape))
             if kept.get("codecs") != wanted:
                 raise InvalidKnob(
                     f"this state was saved with {kept.get('codecs')!r}, and "
@@ -160,146 +238,134 @@ def plane(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _fresh(param: Tensor, rule: Rule, names: Mapping[str, str], seed: int) -> dict[str, Any]:
-    """The state before the first step; encoded states are flat: name.array."""
-    state: dict[str, Any] = {"step": 0, "seed": seed, "codecs": _codec_line(rule, names)}
-    for name in rule.states:
-        zeros = torch.zeros(plane(param.shape), dtype=torch.float32, device=param.device)
-        if name not in names:
-            state[name] = zeros
-            continue
-        packed = _codec(names[name]).encode(zeros, _draws(param, seed, 0))
-        state |= {f"{name}.{part}": array for part, array in packed.arrays.items()}
-    return state
-
-
 def _codec_line(rule: Rule, names: Mapping[str, str]) -> str:
     return " ".join(f"{name}={names.get(name, EXACT)}" for name in rule.states)
 
 
 @lru_cache(maxsize=256)
 def _codec(name: str) -> Codec:
-    spec = parse(name)
-    if spec.scale.kind not in _SCALES or spec.packing.kind not in ("dense", "byte"):
-        raise InvalidKnob(
-            f"codec {name!r} cannot hold a state: rows of it are encoded alone, which needs one of "
-            f"the scales {', '.join(_SCALES)} and codes that have fixed places"
-        )
-    return Codec(spec)
+    return Codec(parse(name))
 
 
-def _draws(param: Tensor, seed: int, t: int) -> torch.Generator:
+def _draws(param: Tensor, state: Mapping[str, Any]) -> torch.Generator:
     """A parameter's own draws for stochastic codecs; a resumed run makes the same ones."""
     # The CPU's generator takes 32 bits of its seed; the odd factor spreads neighbours over them.
-    return torch.Generator(param.device).manual_seed((seed * 0x9E3779B1 + t) % (1 << 32))
+    seed = state["seed"] * 0x9E3779B1 + state["step"]
+    return torch.Generator(param.device).manual_seed(seed % (1 << 32))
+
+
+class _Scratch:
+    """Float blocks and codec scratch of one step, made once for all of its parameters."""
+
+    def __init__(self) -> None:
+        self._floats = torch.empty(0)
+        self._work = Work.around(0, torch.device("cpu"))
+
+    def blocks(self, count: int, rows: int, width: int, device: torch.device) -> list[Tensor]:
+        """Float32 blocks (rows, width), each contiguous."""
+        size = count * rows * width
+        if self._floats.numel() < size or self._floats.device != device:
+            self._floats = torch.empty(size, device=device)
+        return list(self._floats[:size].view(count, rows, width))
+
+    def work(self, rows: int, width: int, device: torch.device) -> Work:
+        """What the codecs need for such a block."""
+        size = rows * (width + width % 2)
+        if self._work.other.numel() < size or self._work.other.device != device:
+            self._work = Work.around(size, device)
+        return self._work
 
 
 class _Move:
-    """One step of one parameter."""
+    """One step of one matrix (n, d)."""
 
     def __init__(
-        self, param: Tensor, grad: Tensor, rule: Rule, names: Mapping[str, str],
-        state: Mapping[str, Any], hyper: Mapping[str, Any],
+        self, weight: Tensor, grad: Tensor, rule: Rule, names: Mapping[str, str],
+        state: dict[str, Any], hyper: Mapping[str, Any], draws: torch.Generator, scratch: _Scratch,
     ) -> None:  # fmt: skip
-        shape = plane(param.shape)
-        self.whole = param.is_contiguous()
-        self.weight = (param if self.whole else param.contiguous()).view(shape)
-        self.param, self.grad = param, grad.reshape(shape)
-        self.rule, self.hyper, self.t = rule, hyper, int(state["step"])
-        self.codecs = {name: _codec(names[name]) for name in rule.states if name in names}
-        self.packed = {
-            name: Packed(codec.spec.name, shape, torch.float32, _arrays(state, name))
-            for name, codec in self.codecs.items()
-        }
-        self.exact = {name: state[name] for name in rule.states if name not in names}
-        self.rows = _rows_a_block(shape, self.codecs.values())
-        size = (self.rows, shape[1])
-        count = len(self.codecs) + 1 + (param.dtype != torch.float32)
-        self.blocks = list(torch.empty((count, *size), dtype=torch.float32, device=param.device))
-        self.draws = _draws(param, int(state["seed"]), self.t)
+        n, d = weight.shape
+        self.weight, self.grad, self.rule, self.hyper = weight, grad, rule, hyper
+        self.t, self.draws = int(state["step"]), draws
+        self.exact, self.coded = {}, {}
+        for name in rule.states:
+            if name in names:
+                arrays = _arrays(state, name) or _zeros(state, name, names[name], weight, draws)
+                self.coded[name] = Rows(_codec(names[name]).spec, arrays, (n, d))
+            else:
+                if name not in state:
+                    state[name] = torch.zeros((n, d), device=weight.device)
+                self.exact[name] = state[name]
+        self.rows = _rows_a_block((n, d), self.coded.values())
+        self.work = scratch.work(self.rows, d, weight.device)
+        count = len(self.coded) + (weight.dtype != torch.float32)
+        self.blocks = scratch.blocks(count, self.rows, d, weight.device)
 
     def run(self) -> None:
         """Decode, apply the rule, encode, block after block."""
         target = self._with_new_factors()
-        for rows in self._ranges():
-            states, weight = self._decoded(rows), self._weight(rows)
-            self._apply(rows, weight, states)
-            if self.param.dtype != torch.float32:
-                self.weight[rows].copy_(weight)
-            for name, codec in self.codecs.items():
-                codec.encode_rows(target[name], rows, states[name], self.draws)
-        if not self.whole:
-            self.param.copy_(self.weight.view(self.param.shape))
-        for name, packed in target.items():
-            for part, array in self.packed[name].arrays.items():
-                if array is not packed.arrays[part]:
-                    array.copy_(packed.arrays[part])
+        for first, n_rows in self._parts():
+            sources, targets = self._bound(self.coded, n_rows), self._bound(target, n_rows)
+            for row in range(first, len(self.weight) - n_rows + 1, n_rows):
+                self._block(slice(row, row + n_rows), sources, targets)
+        for name, coded in target.items():
+            for part, array in self.coded[name].arrays.items():
+                if array is not coded.arrays[part]:
+                    array.copy_(coded.arrays[part])
 
-    def _ranges(self) -> Iterator[slice]:
-        n = self.weight.shape[0]
-        for first in range(0, n, self.rows):
-            yield slice(first, min(n, first + self.rows))
-
-    def _decoded(self, rows: slice) -> dict[str, Tensor]:
-        n = rows.stop - rows.start
+    def _block(
+        self, rows: slice, sources: Mapping[str, Bound], targets: Mapping[str, Bound]
+    ) -> None:
+        weight = self.weight[rows]
+        if weight.dtype != torch.float32:
+            weight = self.blocks[-1][: len(weight)].copy_(weight)
         states = {name: state[rows] for name, state in self.exact.items()}
-        for (name, codec), block in zip(self.codecs.items(), self.blocks, strict=False):
-            states[name] = codec.decode(self.packed[name], rows, out=block[:n])
-        return states
+        for name, source in sources.items():
+            states[name] = source.decode(rows.start)
+        scratch = self.work.other[: weight.numel()].view(weight.shape)
+        self.rule.apply(weight, self.grad[rows].float(), states, self.hyper, self.t, scratch)
+        if self.weight.dtype != torch.float32:
+            self.weight[rows].copy_(weight)
+        for target in targets.values():
+            target.encode(rows.start, self.draws)
 
-    def _weight(self, rows: slice) -> Tensor:
-        if self.param.dtype == torch.float32:
-            return self.weight[rows]
-        return self.blocks[-2][: rows.stop - rows.start].copy_(self.weight[rows])
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        """First row and rows a block: of all full blocks, and of the rest."""
+        n, rest = len(self.weight), len(self.weight) % self.rows
+        if n >= self.rows:
+            yield 0, self.rows
+        if rest:
+            yield n - rest, rest
 
-    def _apply(self, rows: slice, weight: Tensor, states: Mapping[str, Tensor]) -> None:
-        scratch = self.blocks[-1][: rows.stop - rows.start]
-        grad = self.grad[rows].float()
-        self.rule.apply(weight, grad, states, self.hyper, self.t, scratch)
-
-    def _with_new_factors(self) -> dict[str, Packed]:
-        """Where the new codes go: the same codes, under factors that the new states need."""
-        largest = {
-            name: _Largest(self.packed[name])
-            for name, codec in self.codecs.items()
-            if codec.spec.scale.kind == "rank1"
+    def _bound(self, coded: Mapping[str, Rows], n_rows: int) -> dict[str, Bound]:
+        return {
+            name: rows.bind(block[:n_rows], self.work)
+            for (name, rows), block in zip(coded.items(), self.blocks, strict=False)
         }
-        if not largest:
-            return self.packed
-        kept = {name: state.clone() for name, state in self.exact.items()}
-        for rows in self._ranges():
-            states = self._decoded(rows) | {name: state[rows] for name, state in kept.items()}
-            self._apply(rows, self.weight[rows].float().clone(), states)
-            for name, seen in largest.items():
-                seen.add(rows, states[name])
-        return self.packed | {name: seen.packed() for name, seen in largest.items()}
 
-
-class _Largest:
-    """The largest magnitudes of rows and columns, gathered block by block: factors of rank1."""
-
-    def __init__(self, packed: Packed) -> None:
-        self._packed = packed
-        n, d = packed.shape
-        scale = packed.arrays["scale"]
-        self._rows, self._columns = scale.new_zeros(n), scale.new_zeros(d)
-
-    def add(self, rows: slice, x: Tensor) -> None:
-        """Take in a block (r, d)."""
-        magnitude = x.abs()
-        self._rows[rows] = magnitude.amax(1)
-        torch.maximum(self._columns, magnitude.amax(0), out=self._columns)
-
-    def packed(self) -> Packed:
-        """The same codes, to be written anew under these factors; a factor of 0 means zeros."""
-        found = torch.cat([self._rows, self._columns])
-        lifted = found.clamp(min=torch.finfo(found.dtype).tiny)
-        arrays = dict(self._packed.arrays, scale=torch.where(found > 0, lifted, found))
-        return Packed(self._packed.codec, self._packed.shape, self._packed.dtype, arrays)
+    def _with_new_factors(self) -> dict[str, Rows]:
+        """Where the new codes go: the same codes, under factors that the new states need."""
+        target = dict(self.coded)
+        for name, coded in self.coded.items():
+            if coded.spec.scale.kind != "rank1":
+                continue
+            found = torch.zeros_like(coded.arrays["scale"])
+            of_rows, of_columns = found.split([*coded.shape])
+            for first, n_rows in self._parts():
+                source = coded.bind(self.blocks[0][:n_rows], self.work)
+                for row in range(first, len(self.weight) - n_rows + 1, n_rows):
+                    rows = slice(row, row + n_rows)
+                    state, grad = source.decode(row), self.grad[rows].float()
+                    self.rule.advance(name, state, self.weight[rows], grad, self.hyper)
+                    torch.amax(state.abs_(), 1, out=of_rows[rows])
+                    torch.maximum(of_columns, state.amax(0), out=of_columns)
+            lifted = found.clamp(min=torch.finfo(found.dtype).tiny)
+            scale = torch.where(found > 0, lifted, found)  # a factor of 0 stands for zeros
+            target[name] = Rows(coded.spec, {**coded.arrays, "scale": scale}, coded.shape)
+        return target
 
 
 def _arrays(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """The stored arrays of an encoded state."""
+    """The stored arrays of an encoded state, which lie in the state as `name.array`."""
     return {
         key.removeprefix(f"{name}."): value
         for key, value in state.items()
@@ -307,13 +373,22 @@ def _arrays(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     }
 
 
-def _rows_a_block(shape: tuple[int, int], codecs: Iterable[Codec]) -> int:
+def _zeros(
+    state: dict[str, Any], name: str, codec: str, weight: Tensor, draws: torch.Generator
+) -> Mapping[str, Tensor]:
+    """Store an encoded state of zeros."""
+    zeros = torch.zeros(1, device=weight.device).expand(weight.shape)
+    arrays = _codec(codec).encode(zeros, draws).arrays
+    state |= {f"{name}.{part}": array for part, array in arrays.items()}
+    return arrays
+
+
+def _rows_a_block(shape: tuple[int, int], coded: Iterable[Rows]) -> int:
     """Rows of a block: about `BLOCK` coordinates, and no group cut in two."""
     n, d = shape
-    least = math.lcm(*(_rows_a_group(codec, d) for codec in codecs))
+    least = math.lcm(*(_rows_a_group(rows.spec.scale.group, d) for rows in coded))
     return min(n, max(least, BLOCK // max(d, 1) // least * least))
 
 
-def _rows_a_group(codec: Codec, d: int) -> int:
-    group = max(codec.spec.scale.group, 1)
-    return math.lcm(group, max(d, 1)) // max(d, 1)
+def _rows_a_group(group: int, d: int) -> int:
+    return math.lcm(max(group, 1), max(d, 1)) // max(d, 1)

@@ -43,15 +43,26 @@ class Rule(Protocol):
         self, weight: Tensor, grad: Tensor, states: Mapping[str, Tensor], hyper: Hyper, t: int,
         scratch: Tensor,
     ) -> None:  # fmt: skip
-        """Move a block of the weights; all tensors are (r, d) float32 and change in place.
+        """Move a block of the weights and its states, all (r, d) float32, in place.
 
         Args:
             weight: the block.
-            grad: its gradient; may be used up.
+            grad: its gradient, which stays as it is.
             states: by name, as they were after step t - 1; zeros before the first.
             hyper: the parameter group.
             t: number of this step, from 1.
             scratch: may be overwritten.
+        """
+
+    def advance(self, name: str, state: Tensor, weight: Tensor, grad: Tensor, hyper: Hyper) -> None:
+        """Move a block of one state alone, as `apply` does: for what must be known before a step.
+
+        Args:
+            name: of the state.
+            state: (r, d) float32, changed in place.
+            weight: (r, d) of the parameter's type, before the step.
+            grad: (r, d).
+            hyper: the parameter group.
         """
 
 
@@ -76,12 +87,21 @@ class AdamW:
     ) -> None:  # fmt: skip
         """Move a block by lr * m_hat / (sqrt(v_hat) + eps), after its decay."""
         beta1, beta2 = hyper["betas"]
-        m, v = states["exp_avg"], states["exp_avg_sq"]
-        m.lerp_(grad, 1 - beta1)
-        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        weight.mul_(1 - hyper["lr"] * hyper["weight_decay"])
-        size = torch.sqrt(v, out=scratch).div_((1 - beta2**t) ** 0.5).add_(hyper["eps"])
-        weight.addcdiv_(m, size, value=-hyper["lr"] / (1 - beta1**t))
+        # Torch's fused kernel: a quarter of the time of the same six operations one by one.
+        torch._fused_adamw_(
+            [weight], [grad], [states["exp_avg"]], [states["exp_avg_sq"]], [],
+            [torch.tensor(float(t), device=weight.device)], lr=float(hyper["lr"]), beta1=beta1,
+            beta2=beta2, weight_decay=hyper["weight_decay"], eps=hyper["eps"], amsgrad=False,
+            maximize=False,
+        )  # fmt: skip
+
+    def advance(self, name: str, state: Tensor, weight: Tensor, grad: Tensor, hyper: Hyper) -> None:
+        """Fade the mean of the gradients or of their squares, and take in the new one."""
+        beta1, beta2 = hyper["betas"]
+        if name == "exp_avg":
+            state.lerp_(grad, 1 - beta1)
+        else:
+            state.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
 
 
 @dataclass(frozen=True)
@@ -104,11 +124,15 @@ class Lion:
         scratch: Tensor,
     ) -> None:  # fmt: skip
         """Move a block by lr in the direction of each sign, after its decay."""
-        beta1, beta2 = hyper["betas"]
+        beta1, _ = hyper["betas"]
         m = states["exp_avg"]
         weight.mul_(1 - hyper["lr"] * hyper["weight_decay"])
         weight.add_(torch.lerp(m, grad, 1 - beta1, out=scratch).sign_(), alpha=-hyper["lr"])
-        m.lerp_(grad, 1 - beta2)
+        self.advance("exp_avg", m, weight, grad, hyper)
+
+    def advance(self, name: str, state: Tensor, weight: Tensor, grad: Tensor, hyper: Hyper) -> None:
+        """Fade the momentum, and take in the gradient."""
+        state.lerp_(grad, 1 - hyper["betas"][1])
 
 
 @dataclass(frozen=True)
@@ -134,6 +158,10 @@ class SGDM:
         decayed = torch.add(grad, weight, alpha=hyper["weight_decay"], out=scratch)
         m.mul_(hyper["momentum"]).add_(decayed)
         weight.add_(m, alpha=-hyper["lr"])
+
+    def advance(self, name: str, state: Tensor, weight: Tensor, grad: Tensor, hyper: Hyper) -> None:
+        """Fade the sum, and add the gradient with its decay."""
+        state.mul_(hyper["momentum"]).add_(grad).add_(weight, alpha=hyper["weight_decay"])
 
 
 def _check_betas(betas: object) -> None:
