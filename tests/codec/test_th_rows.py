@@ -8,8 +8,7 @@ torch = pytest.importorskip("torch")
 
 from memwise.codec.spec import parse  # noqa: E402
 from memwise.codec.th import codec  # noqa: E402
-from memwise.codec.th_pack import Work  # noqa: E402
-from memwise.codec.th_rows import Rows  # noqa: E402
+from memwise.codec.th_rows import Bound, Rows, Scratch  # noqa: E402
 from memwise.errors import InvalidKnob  # noqa: E402
 
 NAMES = (
@@ -34,14 +33,19 @@ def rows_of(name: str, shape: tuple[int, int]) -> slice:
     return slice(first, shape[0])
 
 
+def bound(rows: Rows, place: slice) -> tuple[Bound, torch.Tensor]:
+    """The second of two blocks, and what is bound to it."""
+    scratch, n_rows = Scratch(), place.stop - place.start
+    scratch.lay_out(2, n_rows, rows.shape[1], torch.device("cpu"))
+    return scratch.bind(rows, 1, n_rows), scratch.block(1, n_rows)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_decoded_as_the_codec_decodes_them(name: str, shape: tuple[int, int]) -> None:
     packed = codec(name).encode(matrix(name, shape, 0))
     place = rows_of(name, shape)
-    out = torch.empty(place.stop - place.start, shape[1])
-    work = Work.around(out.numel() + len(out), out.device)
-    Rows(parse(name), packed.arrays, shape).bind(out, work).decode(place.start)
+    out = bound(Rows(parse(name), packed.arrays, shape), place)[0].decode(place.start)
     assert torch.equal(out, codec(name).decode(packed, place))
 
 
@@ -54,9 +58,9 @@ def test_rows_are_encoded_as_the_codec_encodes_them(name: str, shape: tuple[int,
     if name.endswith("rank1"):
         fresh = torch.minimum(fresh.abs(), matrix(name, shape, 0)[place].abs())
     codec(name).encode_rows(theirs, place, fresh)
-    work = Work.around(fresh.numel() + len(fresh), fresh.device)
-    bound = Rows(parse(name), mine.arrays, shape).bind(fresh.clone(), work)
-    bound.encode(place.start, torch.Generator())
+    target, block = bound(Rows(parse(name), mine.arrays, shape), place)
+    block.copy_(fresh)
+    target.encode(place.start, torch.Generator())
     for part, array in theirs.arrays.items():
         assert torch.equal(mine.arrays[part], array), part
 

@@ -255,3 +255,17 @@ def test_parameters_draw_for_themselves() -> None:
     optimizer.step()
     first, second = (optimizer.state[param]["exp_avg.codes"] for param in given)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_no_code_can_hold_moves_nothing(bad) -> None:
+    given = params()
+    optimizer = Stored(BYTES)(given)
+    run(optimizer, given, 0, 1)
+    before = [p.detach().clone() for p in given]
+    for param in given:
+        param.grad = torch.ones_like(param)
+    given[-2].grad[0, 0, 0] = bad
+    with pytest.raises(InvalidKnob, match="NaN or infinite, and moved nothing"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True))

@@ -39,27 +39,15 @@ class Work:
     def of(cls, n: int, device: torch.device) -> "Work":
         """Scratch for up to `n` coordinates, 13 bytes each."""
         n = -(-n // 8) * 8
-        y = torch.empty(n, dtype=torch.float32, device=device)
-        return cls.around(n, device).over(y)
-
-    @classmethod
-    def around(cls, n: int, device: torch.device) -> "Work":
-        """Scratch for up to `n` coordinates that lie elsewhere (see `over`), 9 bytes each."""
-        n = -(-n // 8) * 8
-        other = torch.empty(n, dtype=torch.float32, device=device)
+        y, other = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
         words = torch.empty(n // 2, dtype=torch.int64, device=device)
         codes = torch.empty(n, dtype=torch.uint8, device=device)
-        return cls(other[:0], other, words, words.view(torch.int32), codes)
-
-    def over(self, y: Tensor) -> "Work":
-        """The same scratch around other coordinates (n,)."""
-        n = len(y)
-        words = self.words[: (n + 1) // 2]
-        return Work(y, self.other[:n], words, self.index[:n], self.codes[:n])
+        return cls(y, other, words, words.view(torch.int32), codes)
 
     def cut(self, n: int) -> "Work":
         """The first `n` coordinates."""
-        return self.over(self.y[:n])
+        words = self.words[: (n + 1) // 2]
+        return Work(self.y[:n], self.other[:n], words, self.index[:n], self.codes[:n])
 
     def uniform(self, generator: torch.Generator) -> Tensor:
         """(n,) float32 in [0, 1), multiples of 2^-23, in the memory of `words`."""

@@ -6,8 +6,8 @@ by the caller, and what is encoded is used up.
 Shapes: n rows of d coordinates, r rows in a block.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -51,28 +51,6 @@ class Rows:
                 f"scales {', '.join(SCALES)}, known levels and codes that have fixed places"
             )
 
-    def bind(self, x: Tensor, work: Work) -> "Bound":
-        """What decodes to `x`, and encodes it, at any place.
-
-        Args:
-            x: a block (r, d), float32 and contiguous, that cuts no group; it is used up by
-                encoding.
-            work: scratch `around` r d coordinates, a few more if d is odd.
-        """
-        return _Lean(self, x, work) if self._is_lean(x) else _General(self, x, work)
-
-    def _is_lean(self, x: Tensor) -> bool:
-        spec = self.spec
-        return (
-            spec.packing.kind == "dense"
-            and spec.rounding.kind == "nearest"
-            and spec.grid.bits in (4, 8)
-            and not spec.grid.affine
-            and spec.scale.kind in ("row", "group", "rank1")
-            and x.shape[1] % 2 == 0
-            and x.numel() % max(spec.scale.group, 1) == 0
-        )
-
 
 class Bound(Protocol):
     """A block of rows that can be read from and written to any place of a stored matrix."""
@@ -87,84 +65,163 @@ class Bound(Protocol):
         """
 
 
-class _Lean:
-    """Eight or two times four bits a byte: all views are made beforehand, a dozen calls a block."""
+class Scratch:
+    """Float32 blocks and what codecs need beside them, 8 bytes a coordinate; made once a step."""
 
-    def __init__(self, rows: Rows, x: Tensor, work: Work) -> None:
-        spec, arrays = rows.spec, rows.arrays
-        n, d = rows.shape
-        self._spec, self._grid = spec, levels(spec, x.device)
-        self._x, self._work = x, work.over(x.view(-1))
-        self._n_rows, self._width = x.shape
-        self._codes = arrays["codes"].view(torch.uint8).view(-1)
-        self._n_bytes = x.numel() * spec.grid.bits // 8
-        self._twos = self._work.codes.view(torch.int16)  # little-endian: the first code is below
-        self._seen, self._kind = self._work.y, th_store.TORCH_TYPES.get(spec.grid.name)
-        self._table, self._index = self._grid.table, self._work.index
+    def __init__(self) -> None:
+        self._floats = self._other = torch.empty(0)
+        self._words = torch.empty(0, dtype=torch.int64)
+        self._views: dict[tuple[str, int, tuple[int, ...]], _Views] = {}
+        self._blocks: Sequence[Tensor] = ()
+        self._layout = (0, 0, 0)
+
+    def lay_out(self, count: int, rows: int, width: int, device: torch.device) -> None:
+        """Make room for so many blocks (rows, width)."""
+        size, spare = count * rows * width, rows * (width + width % 2)
+        if (
+            self._floats.numel() < size
+            or self._other.numel() < spare
+            or self._other.device != device
+        ):
+            self._views.clear()
+            self._blocks, self._floats, self._other = (), torch.empty(0), torch.empty(0)
+            self._floats = torch.empty(size, device=device)
+            self._other = torch.empty(spare, device=device)
+            self._words = torch.empty(-(-spare // 2), dtype=torch.int64, device=device)
+        if (count, rows, width) != self._layout:
+            self._layout = (count, rows, width)
+            self._views.clear()
+        self._blocks = list(self._floats[:size].view(count, rows, width))
+
+    def block(self, place: int, rows: int) -> Tensor:
+        """The first rows of a block, contiguous."""
+        return self._blocks[place][:rows]
+
+    def other(self, like: Tensor) -> Tensor:
+        """Room of this shape, which decoding and encoding overwrite."""
+        return self._other[: like.numel()].view(like.shape)
+
+    def bind(self, rows: Rows, place: int, n_rows: int) -> Bound:
+        """What decodes rows of a matrix to a block, and encodes them from it.
+
+        The number of rows must cut no group.
+        """
+        x, spec = self.block(place, n_rows), rows.spec
+        if not _is_lean(spec, x):
+            return _General(rows, x, self._work(x))
+        # Blocks of many parameters have one shape; a view costs as much as a small operation.
+        key = (spec.name, place, tuple(x.shape))
+        if key not in self._views:
+            self._views[key] = _Views(spec, x, self._work(x))
+        return _Lean(rows, self._views[key])
+
+    def _work(self, x: Tensor) -> Work:
+        n = x.numel()
+        words = self._words[: (n + 1) // 2]
+        other = self._other[:n]
+        # The lean way is done with one before it needs the other.
+        codes = other.view(torch.uint8)[:n]
+        return Work(x.view(-1), other, words, words.view(torch.int32)[:n], codes)
+
+
+def _is_lean(spec: Spec, x: Tensor) -> bool:
+    return (
+        spec.packing.kind == "dense"
+        and spec.rounding.kind == "nearest"
+        and spec.grid.bits in (4, 8)
+        and not spec.grid.affine
+        and spec.scale.kind in ("row", "group", "rank1")
+        and x.shape[1] % 2 == 0
+        and x.numel() % max(spec.scale.group, 1) == 0
+    )
+
+
+class _Views:
+    """All views of scratch that coding a block (r, d) with dense four or eight bits needs."""
+
+    def __init__(self, spec: Spec, x: Tensor, work: Work) -> None:
+        self.x, self.work, self.grid = x, work, levels(spec, x.device)
+        self.n_bytes = x.numel() * spec.grid.bits // 8
+        self.twos = work.codes.view(torch.int16)  # little-endian: the first code is below
+        self.kind = th_store.TORCH_TYPES.get(spec.grid.name)
+        self.seen, self.table, self.index = work.y, self.grid.table, work.index
         if spec.grid.bits == 4:
-            self._table, self._index = pair_table(spec, self._table), self._index[: self._n_bytes]
-            self._seen = self._seen.view(torch.int64)
-        self._share = d if spec.scale.kind == "row" else spec.scale.group
-        if spec.scale.kind == "rank1":
-            self._other = self._work.other.view(x.shape)
-            of_rows, of_columns = arrays["scale"].split([n, d])
-            self._factors = of_rows[:, None], of_columns[None]
-            divisors = arrays["scale"].masked_fill(arrays["scale"] == 0, 1).split([n, d])
-            self._divisors = divisors[0][:, None], divisors[1][None]
-            self._peak = x.new_tensor(self._grid.peak)
+            self.seen, self.table = work.y.view(torch.int64), pair_table(spec, self.table)
+            self.index = work.index[: self.n_bytes]
+        self.other, self.peak = work.other.view(x.shape), x.new_tensor(self.grid.peak)
+        self.share = x.shape[1] if spec.scale.kind == "row" else spec.scale.group
+        if self.share:
+            self.shares = x.view(-1, self.share)
+            self.high, self.low = x.new_empty(2, len(self.shares), 1)
+
+
+class _Lean:
+    """Four or eight bits a code, factors of rows, groups or rank1: a dozen calls a block."""
+
+    def __init__(self, rows: Rows, views: _Views) -> None:
+        self._views, self._spec = views, rows.spec
+        self._n_rows, self._width = views.x.shape
+        self._codes = rows.arrays["codes"].view(torch.uint8).view(-1)
+        self._scale = scale = rows.arrays["scale"]
+        if not views.share:
+            n = rows.shape[0]
+            self._factors = scale[:n, None], scale[n:]
+            filled = scale.masked_fill(scale == 0, 1)
+            self._divisors = filled[:n, None], filled[n:]
         else:
-            self._shares = x.view(-1, self._share)
-            self._scale = arrays["scale"][:, None]
-            self._high, self._low = x.new_empty(2, x.numel() // self._share, 1)
+            self._scale = scale[:, None]
 
     def decode(self, first: int) -> Tensor:
-        codes = self._bytes(first)
-        if self._kind is not None:
-            self._seen.copy_(codes.view(self._kind))
+        views, codes = self._views, self._bytes(first)
+        if views.kind is not None:
+            views.seen.copy_(codes.view(views.kind))
         else:
-            torch.index_select(self._table, 0, self._index.copy_(codes), out=self._seen)
-        if self._share:
-            self._shares.mul_(self._scale[self._place(first)])
-            return self._x
-        return self._x.mul_(self._least(first, self._factors))
+            torch.index_select(views.table, 0, views.index.copy_(codes), out=views.seen)
+        if views.share:
+            views.shares.mul_(self._scale[self._place(first)])
+            return views.x
+        return views.x.mul_(self._least(first, self._factors))
 
     def encode(self, first: int, generator: torch.Generator) -> None:
-        if self._share:
-            torch.amax(self._shares, 1, keepdim=True, out=self._high)
-            torch.amin(self._shares, 1, keepdim=True, out=self._low)
-            largest = torch.maximum(self._high, self._low.neg_(), out=self._high)
+        views = self._views
+        if views.share:
+            torch.amax(views.shares, 1, keepdim=True, out=views.high)
+            torch.amin(views.shares, 1, keepdim=True, out=views.low)
+            largest = torch.maximum(views.high, views.low.neg_(), out=views.high)
             scale = self._scale[self._place(first)]
-            scale.copy_(th_scale.for_peak(self._spec, largest, self._grid.peak))
+            scale.copy_(th_scale.for_peak(self._spec, largest, views.grid.peak))
             if th_scale.keeps_zero_scale(self._spec):
                 scale = scale.masked_fill(scale == 0, 1)
-            self._shares.div_(scale)
+            views.shares.div_(scale)
         else:
-            self._x.div_(self._least(first, self._divisors))
-        self._grid.nearest(self._work)
-        codes = self._work.codes
+            views.x.div_(self._least(first, self._divisors))
+        views.grid.nearest(views.work)
+        codes = views.work.codes
         if self._spec.grid.bits == 4:
-            codes = self._twos.bitwise_or_(self._twos >> 4)
+            codes = views.twos.bitwise_or_(views.twos >> 4)
         self._bytes(first).copy_(codes)
 
     def _bytes(self, first: int) -> Tensor:
         begin = first * self._width * self._spec.grid.bits // 8
-        return self._codes[begin : begin + self._n_bytes]
+        return self._codes[begin : begin + self._views.n_bytes]
 
     def _place(self, first: int) -> slice:
-        begin = first * self._width // self._share
-        return slice(begin, begin + self._n_rows * self._width // self._share)
+        begin = first * self._width // self._views.share
+        return slice(begin, begin + self._n_rows * self._width // self._views.share)
 
     def _least(self, first: int, factors: tuple[Tensor, Tensor]) -> Tensor:
         of_rows, of_columns = factors
-        torch.minimum(of_rows[first : first + self._n_rows], of_columns, out=self._other)
-        return self._other if self._grid.peak == 1 else self._other.div_(self._peak)
+        views = self._views
+        torch.minimum(of_rows[first : first + self._n_rows], of_columns, out=views.other)
+        return views.other if views.grid.peak == 1 else views.other.div_(views.peak)
 
 
 class _General:
     """Every other codec of rows, by the parts that `codec.th` is made of."""
 
     def __init__(self, rows: Rows, x: Tensor, work: Work) -> None:
-        self._rows, self._x, self._work = rows, x, work
+        self._rows, self._x = rows, x
+        self._work = replace(work, codes=torch.empty(x.numel(), dtype=torch.uint8, device=x.device))
 
     def decode(self, first: int) -> Tensor:
         spec, block = self._rows.spec, self._block(first)
@@ -172,17 +229,17 @@ class _General:
         if spec.grid.name in FLOATS:
             return self._x.copy_(codes.view(FLOAT_TYPES[spec.grid.name]))
         # Codes are looked up two by two: a row of an odd width needs room for one level more.
-        odd = block.width % 2 and spec.grid.bits < 8
-        room = self._x.new_empty(block.n_rows * (block.width + 1)) if odd else self._x.view(-1)
-        place, known = self._work.over(room), levels(spec, self._x.device)
-        y = th_store.look_up(spec, known.table, codes, block, place)
-        other = place.other[: block.size]
+        odd, known = block.width % 2 and spec.grid.bits < 8, levels(spec, self._x.device)
+        size = block.n_rows * (block.width + 1)
+        work = Work.of(size, self._x.device) if odd else self._work
+        y = th_store.look_up(spec, known.table, codes, block, work)
+        other = self._work.other
         th_scale.multiply(spec, self._rows.arrays, self._rows.shape, block, y, other, known.peak)
         return self._x.copy_(y) if odd else self._x
 
     def encode(self, first: int, generator: torch.Generator) -> None:
         spec, arrays, block = self._rows.spec, self._rows.arrays, self._block(first)
-        place = self._work.over(self._x.view(-1))
+        place = self._work
         if spec.grid.name in FLOATS:
             th_store.place(spec, round_float(spec, place, generator), block, arrays["codes"])
             return

@@ -26,8 +26,7 @@ import torch
 from memwise.catalogue import Card
 from memwise.codec.spec import parse
 from memwise.codec.th import Codec
-from memwise.codec.th_pack import Work
-from memwise.codec.th_rows import Bound, Rows
+from memwise.codec.th_rows import Bound, Rows, Scratch
 from memwise.errors import InvalidKnob
 from memwise.train.engine.rules import AdamW, Rule
 from memwise.train.engine.subspace import Subspace
@@ -35,7 +34,7 @@ from memwise.train.engine.subspace import Subspace
 Tensor: TypeAlias = torch.Tensor
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 
-BLOCK = 3 << 13  # coordinates of a block: 96 KiB in float32
+BLOCK = 29 << 10  # coordinates of a block; with two encoded states its scratch is 0.45 MiB
 EXACT = "fp32"
 
 
@@ -124,7 +123,7 @@ class MemOptimizer(torch.optim.Optimizer):
             if param.grad is not None
         ]
         self._require_finite([param for param, _ in moving])
-        scratch = _Scratch()
+        scratch = Scratch()
         for param, group in moving:
             self._move(param, group, scratch)
         return loss
@@ -152,7 +151,7 @@ class MemOptimizer(torch.optim.Optimizer):
         @torch.no_grad()
         def move(param: Tensor) -> None:
             self._require_finite([param])
-            self._move(param, group, _Scratch())
+            self._move(param, group, Scratch())
             param.grad = None
 
         return move
@@ -176,13 +175,15 @@ class MemOptimizer(torch.optim.Optimizer):
                 "nothing; skip this step as torch.amp.GradScaler does, or clip the gradients"
             )
 
-    def _move(self, param: Tensor, group: Mapping[str, Any], scratch: _Scratch) -> None:
+    def _move(self, param: Tensor, group: Mapping[str, Any], scratch: Scratch) -> None:
         subspace, state, grad = self.policy.subspace(param.shape), self.state[param], param.grad
         assert grad is not None
         names = self._codecs(param.shape)
         if not state:
             line = _codec_line(self.policy.rule, names)
-            state.update({"step": 0, "seed": len(self.state), "codecs": line})
+            every = (other for each in self.param_groups for other in each["params"])
+            place = next(i for i, other in enumerate(every) if other is param)
+            state.update({"step": 0, "seed": place, "codecs": line})
         state["step"] += 1
         draws = _draws(param, state)
         whole = param.is_contiguous()
@@ -254,34 +255,12 @@ def _draws(param: Tensor, state: Mapping[str, Any]) -> torch.Generator:
     return torch.Generator(param.device).manual_seed(seed % (1 << 32))
 
 
-class _Scratch:
-    """Float blocks and codec scratch of one step, made once for all of its parameters."""
-
-    def __init__(self) -> None:
-        self._floats = torch.empty(0)
-        self._work = Work.around(0, torch.device("cpu"))
-
-    def blocks(self, count: int, rows: int, width: int, device: torch.device) -> list[Tensor]:
-        """Float32 blocks (rows, width), each contiguous."""
-        size = count * rows * width
-        if self._floats.numel() < size or self._floats.device != device:
-            self._floats = torch.empty(size, device=device)
-        return list(self._floats[:size].view(count, rows, width))
-
-    def work(self, rows: int, width: int, device: torch.device) -> Work:
-        """What the codecs need for such a block."""
-        size = rows * (width + width % 2)
-        if self._work.other.numel() < size or self._work.other.device != device:
-            self._work = Work.around(size, device)
-        return self._work
-
-
 class _Move:
     """One step of one matrix (n, d)."""
 
     def __init__(
         self, weight: Tensor, grad: Tensor, rule: Rule, names: Mapping[str, str],
-        state: dict[str, Any], hyper: Mapping[str, Any], draws: torch.Generator, scratch: _Scratch,
+        state: dict[str, Any], hyper: Mapping[str, Any], draws: torch.Generator, scratch: Scratch,
     ) -> None:  # fmt: skip
         n, d = weight.shape
         self.weight, self.grad, self.rule, self.hyper = weight, grad, rule, hyper
@@ -296,15 +275,21 @@ class _Move:
                     state[name] = torch.zeros((n, d), device=weight.device)
                 self.exact[name] = state[name]
         self.rows = _rows_a_block((n, d), self.coded.values())
-        self.work = scratch.work(self.rows, d, weight.device)
+        self.scratch, self.spare = scratch, len(self.coded)
         count = len(self.coded) + (weight.dtype != torch.float32)
-        self.blocks = scratch.blocks(count, self.rows, d, weight.device)
+        scratch.lay_out(count, self.rows, d, weight.device)
 
     def run(self) -> None:
         """Decode, apply the rule, encode, block after block."""
         target = self._with_new_factors()
         for first, n_rows in self._parts():
-            sources, targets = self._bound(self.coded, n_rows), self._bound(target, n_rows)
+            sources = self._bound(self.coded, n_rows)
+            targets = {
+                name: sources[name] if target[name] is coded else bound
+                for (name, coded), bound in zip(
+                    self.coded.items(), self._bound(target, n_rows).values(), strict=True
+                )
+            }
             for row in range(first, len(self.weight) - n_rows + 1, n_rows):
                 self._block(slice(row, row + n_rows), sources, targets)
         for name, coded in target.items():
@@ -317,12 +302,12 @@ class _Move:
     ) -> None:
         weight = self.weight[rows]
         if weight.dtype != torch.float32:
-            weight = self.blocks[-1][: len(weight)].copy_(weight)
+            weight = self.scratch.block(self.spare, len(weight)).copy_(weight)
         states = {name: state[rows] for name, state in self.exact.items()}
         for name, source in sources.items():
             states[name] = source.decode(rows.start)
-        scratch = self.work.other[: weight.numel()].view(weight.shape)
-        self.rule.apply(weight, self.grad[rows].float(), states, self.hyper, self.t, scratch)
+        other = self.scratch.other(weight)
+        self.rule.apply(weight, self.grad[rows].float(), states, self.hyper, self.t, other)
         if self.weight.dtype != torch.float32:
             self.weight[rows].copy_(weight)
         for target in targets.values():
@@ -338,8 +323,8 @@ class _Move:
 
     def _bound(self, coded: Mapping[str, Rows], n_rows: int) -> dict[str, Bound]:
         return {
-            name: rows.bind(block[:n_rows], self.work)
-            for (name, rows), block in zip(coded.items(), self.blocks, strict=False)
+            name: self.scratch.bind(rows, place, n_rows)
+            for place, (name, rows) in enumerate(coded.items())
         }
 
     def _with_new_factors(self) -> dict[str, Rows]:
@@ -351,7 +336,7 @@ class _Move:
             found = torch.zeros_like(coded.arrays["scale"])
             of_rows, of_columns = found.split([*coded.shape])
             for first, n_rows in self._parts():
-                source = coded.bind(self.blocks[0][:n_rows], self.work)
+                source = self.scratch.bind(coded, 0, n_rows)
                 for row in range(first, len(self.weight) - n_rows + 1, n_rows):
                     rows = slice(row, row + n_rows)
                     state, grad = source.decode(row), self.grad[rows].float()
@@ -387,7 +372,10 @@ def _rows_a_block(shape: tuple[int, int], coded: Iterable[Rows]) -> int:
     """Rows of a block: about `BLOCK` coordinates, and no group cut in two."""
     n, d = shape
     least = math.lcm(*(_rows_a_group(rows.spec.scale.group, d) for rows in coded))
-    return min(n, max(least, BLOCK // max(d, 1) // least * least))
+    most = max(least, BLOCK // max(d, 1) // least * least)
+    n_blocks = -(-n // most)
+    even = -(-n // max(n_blocks, 1))  # blocks of one size waste no call on a small rest
+    return min(n, -(-even // least) * least)
 
 
 def _rows_a_group(group: int, d: int) -> int:

@@ -96,6 +96,22 @@ class Subspace:
         return any(key.startswith(_BASIS) for key in state)
 
 
+@dataclass(frozen=True)
+class Refitted(Subspace):
+    """The leading singular vectors of a gradient, found again every `gap` steps.
+
+    Attributes:
+        gap: steps from fit to fit.
+    """
+
+    gap: int = 200
+
+    def fit(self, grad: Tensor, state: dict[str, Any], draws: torch.Generator) -> None:
+        """Take the vectors of this step's gradient, where it is time to."""
+        if (state["step"] - 1) % self.gap == 0:
+            self.keep(leading(grad, self.rank, draws), state)
+
+
 def leading(grad: Tensor, rank: int, draws: torch.Generator, n_rounds: int = 2) -> Tensor:
     """Orthonormal basis (min(n, d), rank) of the leading singular vectors on the short side.
 
