@@ -19,7 +19,7 @@ from memwise.train.engine import optimizer as engine  # noqa: E402
 from memwise.train.engine.optimizer import OptimizerPolicy  # noqa: E402
 from memwise.train.engine.rules import SGDM, AdamW, Lion, Rule  # noqa: E402
 
-SHAPES = ((24, 32), (40,), (3, 8, 5), (1,))
+SHAPES = ((24, 32), (40,), (3, 8, 5), (1,), (1536,))
 BYTES = {"exp_avg": "int8/group16", "exp_avg_sq": "linear8/rank1"}
 NIBBLES = {"exp_avg": "dyn4/group16", "exp_avg_sq": "linear4/rank1"}
 
@@ -265,7 +265,7 @@ def test_a_gradient_that_no_code_can_hold_moves_nothing(bad) -> None:
     before = [p.detach().clone() for p in given]
     for param in given:
         param.grad = torch.ones_like(param)
-    given[-2].grad[0, 0, 0] = bad
-    with pytest.raises(InvalidKnob, match="NaN or infinite, and moved nothing"):
+    given[2].grad[0, 0, 0] = bad
+    with pytest.raises(InvalidKnob, match="NaN or infinite"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True))

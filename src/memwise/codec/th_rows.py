@@ -84,7 +84,8 @@ class Scratch:
             or self._other.device != device
         ):
             self._views.clear()
-            self._blocks, self._floats, self._other = (), torch.empty(0), torch.empty(0)
+            self._blocks = ()  # first let go, so that old and new never stand side by side
+            self._floats = self._other = self._words = torch.empty(0)
             self._floats = torch.empty(size, device=device)
             self._other = torch.empty(spare, device=device)
             self._words = torch.empty(-(-spare // 2), dtype=torch.int64, device=device)

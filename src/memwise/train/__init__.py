@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from memwise.train.policies.galore import GaLore
     from memwise.train.policies.lion import Lion
     from memwise.train.policies.online_subspace_descent import OnlineSubspaceDescent
+    from memwise.train.policies.plain_blocks import PlainBlocks
+    from memwise.train.policies.reversible_3d_unet import Reversible3DUNet
+    from memwise.train.policies.reversible_darts import ReversibleDARTS
     from memwise.train.policies.sgdm import SGDM
+    from memwise.train.policies.streamlined_inference import StreamlinedInference
+    from memwise.train.policies.video_first_masking import VideoFirstMasking
 
 __all__ = [
     "SGDM",
@@ -22,6 +27,11 @@ __all__ = [
     "GaLore",
     "Lion",
     "OnlineSubspaceDescent",
+    "PlainBlocks",
+    "Reversible3DUNet",
+    "ReversibleDARTS",
+    "StreamlinedInference",
+    "VideoFirstMasking",
 ]
 
 # Lazy, so that naming one method loads that method's dependencies and no others.
@@ -33,6 +43,11 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "GaLore": ("memwise.train.policies.galore", "torch"),
     "Lion": ("memwise.train.policies.lion", "torch"),
     "OnlineSubspaceDescent": ("memwise.train.policies.online_subspace_descent", "torch"),
+    "PlainBlocks": ("memwise.train.policies.plain_blocks", "torch"),
+    "Reversible3DUNet": ("memwise.train.policies.reversible_3d_unet", "torch"),
+    "ReversibleDARTS": ("memwise.train.policies.reversible_darts", "torch"),
+    "StreamlinedInference": ("memwise.train.policies.streamlined_inference", "torch"),
+    "VideoFirstMasking": ("memwise.train.policies.video_first_masking", "torch"),
 }
 
 

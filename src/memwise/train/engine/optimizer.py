@@ -35,6 +35,7 @@ Tensor: TypeAlias = torch.Tensor
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 BLOCK = 29 << 10  # coordinates of a block; with two encoded states its scratch is 0.45 MiB
+LINE, SHORTEST = 1 << 10, 1 << 7  # coordinates of a row of a long vector, at most and at least
 EXACT = "fp32"
 
 
@@ -171,8 +172,8 @@ class MemOptimizer(torch.optim.Optimizer):
                 sums.append(grad.sum(dtype=torch.float32))
         if sums and not bool(torch.stack(sums).isfinite().all()):
             raise InvalidKnob(
-                f"{type(self.policy).__name__} got a gradient that is NaN or infinite, and moved "
-                "nothing; skip this step as torch.amp.GradScaler does, or clip the gradients"
+                f"{type(self.policy).__name__} got a gradient that is NaN or infinite, and did "
+                "not use it; skip this step as torch.amp.GradScaler does, or clip the gradients"
             )
 
     def _move(self, param: Tensor, group: Mapping[str, Any], scratch: Scratch) -> None:
@@ -233,10 +234,15 @@ class MemOptimizer(torch.optim.Optimizer):
 
 
 def plane(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and coordinates (n, d) as which a parameter is stored: its first axis by the rest."""
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    return shape[0], math.prod(shape[1:])
+    """Rows and coordinates (n, d) as which a parameter is stored: its first axis by the rest.
+
+    A long vector is cut into rows where it can be, so that no block has to hold all of it.
+    """
+    if len(shape) > 1:
+        return shape[0], math.prod(shape[1:])
+    size = math.prod(shape)
+    width = math.gcd(size, LINE)
+    return (size // width, width) if size > LINE and width >= SHORTEST else (1, size)
 
 
 def _codec_line(rule: Rule, names: Mapping[str, str]) -> str:

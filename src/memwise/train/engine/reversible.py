@@ -36,10 +36,12 @@ class ReversibleSequence(nn.Module):
     same formula under ordinary autograd, up to rounding; dropout draws the same masks, autocast is
     as it was, and buffers such as the statistics of a BatchNorm are updated once.
 
+    A reconstruction is as exact as the hidden state's type, and bfloat16 would drift: between the
+    functions the state is at least float32, whatever the type of what goes in and comes out.
+
     Note:
-        The reconstruction is as exact as the hidden state's type: keep that in float32 and let
-        autocast run the functions lower. Between forward and backward pass the functions must stay
-        in the same mode (train or eval). There is no second derivative.
+        Between forward and backward pass the functions must stay in the same mode (train or eval).
+        There is no second derivative.
 
     Args:
         parts: n, parts of the hidden state.
@@ -55,8 +57,8 @@ class ReversibleSequence(nn.Module):
         super().__init__()
         if parts < 2 or len(fns) % parts:
             raise InvalidKnob(
-                f"parts={parts} with {len(fns)} functions: give at least two parts and one function "
-                "for each part of each layer"
+                f"parts={parts} with {len(fns)} functions: give at least two parts and one "
+                "function for each part of each layer"
             )
         self.parts, self.dim = parts, dim
         self.fns = nn.ModuleList(fns)
@@ -77,15 +79,48 @@ class ReversibleSequence(nn.Module):
         output: Tensor = _Reversible.apply(self, owned, x, *weights)
         return output
 
+    def plain(self, x: Tensor) -> Tensor:  # (..., D, ...) -> (..., D, ...)
+        """The same for ordinary autograd to follow, which keeps what every function needs."""
+        parts = list(_state(x).chunk(self.parts, self.dim))
+        for i, fn in enumerate(self.fns):
+            k = i % self.parts
+            parts[k] = parts[k] + fn(*_others(parts, k, x.dtype))
+        return torch.cat(parts, self.dim).to(x.dtype)
+
     @torch.no_grad()
     def inverse(self, y: Tensor) -> Tensor:
-        """The hidden state before all functions, from the one after; for functions without draws."""
-        state = y.clone()
+        """The hidden state before all functions, from the one after; nothing may draw."""
+        state = _state(y).clone()
         parts = state.chunk(self.parts, self.dim)
         for i in reversed(range(len(self.fns))):
             k = i % self.parts
-            parts[k].sub_(self.fns[i](*parts[:k], *parts[k + 1 :]))
-        return state
+            parts[k].sub_(self.fns[i](*_others(parts, k, y.dtype)))
+        return state.to(y.dtype)
+
+
+def _state(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _others(parts: Sequence[Tensor], k: int, dtype: torch.dtype) -> list[Tensor]:
+    """What the function of part k reads, in the type that it was built for."""
+    return [part.to(dtype) for j, part in enumerate(parts) if j != k]
+
+
+def seeded(model: nn.Module, seed: int) -> nn.Module:
+    """Draw the weights of a model anew from a generator of their own, and return it.
+
+    Matrices and kernels are drawn with a variance of 1 / fan-in, biases are zero; the vectors of
+    norms stay as they are.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            fan_in = weight[0].numel()
+            nn.init.normal_(weight, std=fan_in**-0.5, generator=draws)
+        elif name.endswith("bias"):
+            nn.init.zeros_(weight)
+    return model
 
 
 class _Reversible(torch.autograd.Function):
@@ -93,7 +128,7 @@ class _Reversible(torch.autograd.Function):
     def forward(
         ctx: Any, chain: ReversibleSequence, owned: list[list[Tensor]], x: Tensor, *weights: Tensor
     ) -> Tensor:
-        y = x.clone(memory_format=torch.contiguous_format)
+        y = _state(x).clone(memory_format=torch.contiguous_format)
         parts = y.chunk(chain.parts, chain.dim)
         ctx.chain, ctx.owned, ctx.ambient = chain, owned, _Ambient.now(x.device)
         draws: list[Tensor | None] = []
@@ -101,16 +136,15 @@ class _Reversible(torch.autograd.Function):
             k = i % chain.parts
             before = _random_states(x.device)
             with ctx.ambient.entered():
-                parts[k].add_(fn(*parts[:k], *parts[k + 1 :]))
+                parts[k].add_(fn(*_others(parts, k, x.dtype)))
             drawn = any(
-                not torch.equal(a, b)
-                for a, b in zip(before, _random_states(x.device), strict=True)
+                not torch.equal(a, b) for a, b in zip(before, _random_states(x.device), strict=True)
             )
             draws += before if drawn else [None] * len(before)
         # Weights cost nothing here, and autograd then notices when one was changed in between.
         ctx.save_for_backward(y, *draws, *weights)
-        ctx.n_draws = len(draws)
-        return y
+        ctx.n_draws, ctx.dtype = len(draws), x.dtype
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -119,7 +153,7 @@ class _Reversible(torch.autograd.Function):
         y, *saved = ctx.saved_tensors
         draws, weights = saved[: ctx.n_draws], saved[ctx.n_draws :]
         state = y.clone()
-        grad = grad_y.clone(memory_format=torch.contiguous_format)
+        grad = _state(grad_y).clone(memory_format=torch.contiguous_format)
         parts = state.chunk(chain.parts, chain.dim)
         grads = grad.chunk(chain.parts, chain.dim)
         places = {id(w): i for i, w in enumerate(dict.fromkeys(w for o in ctx.owned for w in o))}
@@ -128,7 +162,7 @@ class _Reversible(torch.autograd.Function):
 
         for i in reversed(range(len(chain.fns))):
             k = i % chain.parts
-            others = [part.detach().requires_grad_() for part in (*parts[:k], *parts[k + 1 :])]
+            others = [one.detach().requires_grad_() for one in _others(parts, k, ctx.dtype)]
             states = draws[i * n_generators : (i + 1) * n_generators]
             with torch.enable_grad(), ctx.ambient.entered(), _replayed(states, y.device):
                 added = _without_updates(chain.fns[i], others)
@@ -145,7 +179,8 @@ class _Reversible(torch.autograd.Function):
                     if one is not None:
                         of_weights[places[id(w)]] = one if before is None else before + one
             parts[k].sub_(added.detach())
-        return None, None, grad if ctx.needs_input_grad[2] else None, *of_weights
+        grad_x = grad.to(ctx.dtype) if ctx.needs_input_grad[2] else None
+        return None, None, grad_x, *of_weights
 
 
 def _without_updates(fn: nn.Module, inputs: Sequence[Tensor]) -> Tensor:

@@ -1,15 +1,16 @@
-"""Slice by slice: peak memory of a chain of operations = input + output + one slice's in-betweens.
+"""Slice by slice: the peak of a chain of operations = input + output + in-betweens of one slice.
 
-An operation that treats the positions of an axis alike and apart (frames of a spatial convolution,
-pixels of an attention over time, tokens of an MLP) has that axis *free*: it may be run on a slice of
-it. Run singly that saves little, since each operation's whole output is still there for the next;
-run as a group, the longest chain of operations with one free axis goes through slice after slice and
-only its last output is ever whole. An operation without that free axis ends the group.
+An operation that treats the positions of an axis apart (frames of a spatial convolution, pixels of
+an attention over time, tokens of an MLP) has that axis *free*: it may be run on a slice of it. Run
+singly that saves little, since each operation's whole output is there for the next. Run as a group,
+the longest chain of operations with one free axis goes through slice after slice, and only its last
+output is ever whole. An operation without that free axis ends the group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Any, TypeAlias
 
@@ -64,15 +65,17 @@ def sliced(
 
 
 class Chain(nn.Module):
-    """Operations in order, each with the axes that it leaves free; runs plainly unless told to slice.
+    """Operations in order, each with its free axes; runs plainly until told to slice.
+
+    A step is a module with an attribute `free`: its free axes, the preferred one first. An axis
+    must have the same number and length before and after the step.
 
     Args:
-        *steps: modules with an attribute `free`, a tuple of axes in order of preference. The first
-            step takes the inputs, each other the output of the one before.
+        *steps: the first takes the inputs, each other one the output of the one before.
 
     Attributes:
-        size: parts into which a free axis is cut; None = plainly.
-        grouped: run the longest chain of one free axis as a group; False slices each step alone.
+        n_slices: parts that a free axis is cut into; None runs plainly.
+        grouped: whether the longest chain of one free axis is one group; else each step is its own.
     """
 
     def __init__(self, *steps: nn.Module) -> None:
@@ -84,14 +87,101 @@ class Chain(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """The output of the last step."""
         if self.n_slices is None:
-            return _run(list(self.steps), *inputs)
-        for axis, group in _groups(list(self.steps), self.grouped):
+            return run(list(self.steps), *inputs)
+        for axis, group in groups(list(self.steps), self.grouped):
             if axis is None:
-                inputs = (_run(group, *inputs),)
-            else:
-                size = -(-inputs[0].shape[axis] // self.n_slices)
-                run = _Run(group)
-                inputs = (sliced(run, axis, size, *inputs),)
+                inputs = (run(group, *inputs),)
+                continue
+            size = -(-inputs[0].shape[axis] // self.n_slices)
+            inputs = (sliced(partial(run, group), axis, size, *inputs),)
         return inputs[0]
 
 
+def run(steps: Sequence[nn.Module], *inputs: Tensor) -> Tensor:
+    """The output of the last step, with no more than one step's input and output held."""
+    for step in steps:
+        inputs = (step(*inputs),)
+    return inputs[0]
+
+
+def groups(
+    steps: Sequence[nn.Module], grouped: bool = True
+) -> Iterator[tuple[int | None, Sequence[nn.Module]]]:
+    """Cut steps into the longest runs that share a free axis, greedily from the front.
+
+    Yields:
+        The axis, or None for steps without any, and the steps of the group.
+    """
+    while steps:
+        runs = {axis: _shared(steps, axis) if grouped else 1 for axis in _free(steps[0])}
+        axis = max(runs, key=lambda axis: runs[axis], default=None)
+        n = 1 if axis is None else runs[axis]
+        yield axis, steps[:n]
+        steps = steps[n:]
+
+
+def _shared(steps: Sequence[nn.Module], axis: int) -> int:
+    """Steps from the front on that all leave this axis free."""
+    return len(list(takewhile(lambda step: axis in _free(step), steps)))
+
+
+def _free(step: nn.Module) -> tuple[int, ...]:
+    axes: Any = step.free
+    return tuple(axes)
+
+
+class Reusable(nn.Module):
+    """A part of a denoiser whose output one step may take over from the step before.
+
+    Args:
+        inner: the part.
+
+    Attributes:
+        steps: what remembers the output; None computes it at every call.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.steps: StepMemory | None = None
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The output of the part, or that of the last call."""
+        if self.steps is None:
+            return run([self.inner], *inputs)
+        return self.steps.output(self.inner, *inputs)
+
+
+class StepMemory:
+    """One output, kept while the next step may reuse it.
+
+    After two outputs in a row were alike, the next one is not computed; the one after it is, so
+    that a reused output is never older than one step. One memory serves one run over one batch.
+
+    Args:
+        similarity: cosine of two outputs from which on they are alike.
+
+    Attributes:
+        last: the kept output.
+        reused: for each call since the start, whether it was spared.
+    """
+
+    def __init__(self, similarity: float) -> None:
+        self.similarity = similarity
+        self.last: Tensor | None = None
+        self.reused: list[bool] = []
+        self._alike = False
+
+    def output(self, fn: nn.Module, *inputs: Tensor) -> Tensor:
+        """What `fn` gives, or what it gave at the step before."""
+        last = self.last
+        self.reused.append(self._alike)
+        if self._alike and last is not None:
+            self._alike = False
+            return last
+        fresh: Tensor = fn(*inputs)
+        if last is not None:
+            cosine = torch.cosine_similarity(fresh.flatten(), last.flatten(), dim=0)
+            self._alike = bool(cosine >= self.similarity)
+        self.last = fresh
+        return fresh
