@@ -43,12 +43,17 @@ ROOMS = {
 }
 
 # Public names of a room beside its policies: room -> module -> names.
-SURFACE = {
+SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "recall": {
         "memwise.recall.memory": ("Memory",),
         "memwise.recall.engine.records": ("Context", "Hit", "Receipt"),
     },
+    "train": {
+        "memwise.train.engine.activations": ("compress_activations",),
+        "memwise.train.engine.reversible": ("ReversibleSequence",),
+    },
 }
+NEEDS = {"train": ("torch",)}  # extras without which nothing of a room can be loaded
 
 GENERATED = "<!-- Written by `make sync`; edits here are lost. -->"
 
@@ -97,7 +102,9 @@ def pages() -> Iterator[tuple[Path, str]]:
 def room_init(room: str, entries: Sequence[Entry], old: str) -> str:
     """Write the exports of a room below whatever docstring it has."""
     where: dict[str, tuple[str, ...]] = {
-        name: (module,) for module, names in SURFACE.get(room, {}).items() for name in names
+        name: (module, *NEEDS.get(room, ()))
+        for module, names in SURFACE.get(room, {}).items()
+        for name in names
     }
     where |= {entry.class_name: (entry.module, *entry.requires) for entry in entries}
     head = old.partition("\n# exports:begin")[0].rstrip("\n")

@@ -6,15 +6,24 @@ from typing import TYPE_CHECKING, Any
 from memwise.catalogue import export
 
 if TYPE_CHECKING:
+    from memwise.train.engine.activations import compress_activations
+    from memwise.train.engine.reversible import ReversibleSequence
     from memwise.train.policies.adamw import AdamW
     from memwise.train.policies.adamw4bit import AdamW4bit
+    from memwise.train.policies.coat_activations import CoatActivations
     from memwise.train.policies.coat_states import CoatStates
+    from memwise.train.policies.few_bit_backward import FewBitBackward
     from memwise.train.policies.galore import GaLore
+    from memwise.train.policies.keep import Keep
     from memwise.train.policies.lion import Lion
+    from memwise.train.policies.offload import Offload
     from memwise.train.policies.online_subspace_descent import OnlineSubspaceDescent
     from memwise.train.policies.plain_blocks import PlainBlocks
+    from memwise.train.policies.randomized_linear_backward import RandomizedLinearBackward
+    from memwise.train.policies.recompute import Recompute
     from memwise.train.policies.reversible_3d_unet import Reversible3DUNet
     from memwise.train.policies.reversible_darts import ReversibleDARTS
+    from memwise.train.policies.selective_differentiation import SelectiveDifferentiation
     from memwise.train.policies.sgdm import SGDM
     from memwise.train.policies.streamlined_inference import StreamlinedInference
     from memwise.train.policies.video_first_masking import VideoFirstMasking
@@ -23,15 +32,24 @@ __all__ = [
     "SGDM",
     "AdamW",
     "AdamW4bit",
+    "CoatActivations",
     "CoatStates",
+    "FewBitBackward",
     "GaLore",
+    "Keep",
     "Lion",
+    "Offload",
     "OnlineSubspaceDescent",
     "PlainBlocks",
+    "RandomizedLinearBackward",
+    "Recompute",
     "Reversible3DUNet",
     "ReversibleDARTS",
+    "ReversibleSequence",
+    "SelectiveDifferentiation",
     "StreamlinedInference",
     "VideoFirstMasking",
+    "compress_activations",
 ]
 
 # Lazy, so that naming one method loads that method's dependencies and no others.
@@ -39,15 +57,24 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "SGDM": ("memwise.train.policies.sgdm", "torch"),
     "AdamW": ("memwise.train.policies.adamw", "torch"),
     "AdamW4bit": ("memwise.train.policies.adamw4bit", "torch"),
+    "CoatActivations": ("memwise.train.policies.coat_activations", "torch"),
     "CoatStates": ("memwise.train.policies.coat_states", "torch"),
+    "FewBitBackward": ("memwise.train.policies.few_bit_backward", "torch"),
     "GaLore": ("memwise.train.policies.galore", "torch"),
+    "Keep": ("memwise.train.policies.keep", "torch"),
     "Lion": ("memwise.train.policies.lion", "torch"),
+    "Offload": ("memwise.train.policies.offload", "torch"),
     "OnlineSubspaceDescent": ("memwise.train.policies.online_subspace_descent", "torch"),
     "PlainBlocks": ("memwise.train.policies.plain_blocks", "torch"),
+    "RandomizedLinearBackward": ("memwise.train.policies.randomized_linear_backward", "torch"),
+    "Recompute": ("memwise.train.policies.recompute", "torch"),
     "Reversible3DUNet": ("memwise.train.policies.reversible_3d_unet", "torch"),
     "ReversibleDARTS": ("memwise.train.policies.reversible_darts", "torch"),
+    "ReversibleSequence": ("memwise.train.engine.reversible", "torch"),
+    "SelectiveDifferentiation": ("memwise.train.policies.selective_differentiation", "torch"),
     "StreamlinedInference": ("memwise.train.policies.streamlined_inference", "torch"),
     "VideoFirstMasking": ("memwise.train.policies.video_first_masking", "torch"),
+    "compress_activations": ("memwise.train.engine.activations", "torch"),
 }
 
 
