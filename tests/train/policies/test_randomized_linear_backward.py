@@ -57,6 +57,17 @@ def test_a_frozen_layer_keeps_nothing_of_its_input() -> None:
     assert tape.peak_bytes == 0
 
 
+def test_an_input_that_another_operation_keeps_is_not_sketched_beside_it() -> None:
+    net = nn.Sequential(nn.Tanh(), nn.Linear(64, 64)).double()
+    x = inputs().requires_grad_()
+    exact = torch.autograd.grad(net(x).square().sum(), net[1].weight)[0]
+    with compress_activations(net, RandomizedLinearBackward(0.1)) as tape:
+        y = net(x)
+        assert tape.held_bytes == x.numel() * 8  # the output of tanh, once
+        (mine,) = torch.autograd.grad(y.square().sum(), net[1].weight)
+    assert torch.equal(mine, exact)
+
+
 def test_a_recomputed_forward_pass_brings_its_own_seed() -> None:
     net = model()
 

@@ -203,6 +203,10 @@ class Sketch(Swap):
             weight: Any = module.weight
             if not torch.is_grad_enabled() or not weight.requires_grad:
                 return run(x)
+            # A sketch beside the original would cost bytes and accuracy. Not asked where a pass is
+            # repeated, since both have to choose the same.
+            if spot is not None and hooks.holds(x):
+                return run(x)
             save = SketchSave(self.ratio, self.kind, hooks.next_seed())
             bias: Any = module.bias
             x, rest, off = _autocast(x, weight.t() if turned else weight, bias)

@@ -341,6 +341,10 @@ class Hooks:
         # The CPU's generator takes 32 bits of its seed; the odd factor spreads neighbours.
         return self._seed * 0x9E3779B1 % (1 << 32)
 
+    def holds(self, t: Tensor) -> bool:
+        """Whether another operation keeps this tensor as it is."""
+        return self._holders[_key(t)] > 0
+
     def first_sight(self, t: Tensor) -> int:
         """Bytes of the storage if it was not counted yet, else 0."""
         key = _key(t)

@@ -17,7 +17,8 @@ class RandomizedLinearBackward(ActivationPolicy):
 
     Output and gradient of the input are exact. x is dropped after the forward pass; the weight's
     gradient is (S^T gy)^T (S^T x), right in the mean, and S is drawn again from its seed. Layers
-    that take the same input keep one sketch together.
+    that take the same input keep one sketch together. An input that another operation keeps
+    anyhow is used as it is, and costs nothing more.
 
     Attributes:
         ratio: K / N, in (0, 1].
