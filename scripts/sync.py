@@ -50,6 +50,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "train": {
         "memwise.train.engine.activations": ("compress_activations",),
+        "memwise.train.engine.peft": ("from_peft", "load_peft", "save_peft"),
         "memwise.train.engine.reversible": ("ReversibleSequence",),
     },
 }
@@ -114,8 +115,9 @@ def room_init(room: str, entries: Sequence[Entry], old: str) -> str:
     for name, (module, *_) in where.items():
         modules.setdefault(module, []).append(name)
     imports = [
-        f"    from {module} import {', '.join(sorted(names))}"
+        line
         for module, names in sorted(modules.items())
+        for line in _import(module, ", ".join(sorted(names)))
     ]
     names = sorted(where, key=_export_order)
     exports = [
@@ -133,7 +135,7 @@ def room_init(room: str, entries: Sequence[Entry], old: str) -> str:
         "",
         "# Lazy, so that naming one method loads that method's dependencies and no others.",
         "_WHERE: dict[str, tuple[str, ...]] = {",
-        *(f'    "{name}": {_tuple(where[name])},' for name in names),
+        *(line for name in names for line in _entry(name, where[name])),
         "}",
         "",
         "",
@@ -154,6 +156,24 @@ def _export_order(name: str) -> tuple[bool, list[Any]]:
     # ruff's order for `__all__`: constants before classes, numbers by value.
     parts = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
     return not name.isupper(), parts
+
+
+# ruff would wrap a line of more than 100 characters, and the page would never be fresh.
+_LONGEST = 100
+
+
+def _import(module: str, names: str) -> list[str]:
+    line = f"    from {module} import {names}"
+    if len(line) <= _LONGEST:
+        return [line]
+    return [f"    from {module} import (", f"        {names},", "    )"]
+
+
+def _entry(name: str, words: Sequence[str]) -> list[str]:
+    line = f'    "{name}": {_tuple(words)},'
+    if len(line) <= _LONGEST:
+        return [line]
+    return [f'    "{name}": (', *(f'        "{word}",' for word in words), "    ),"]
 
 
 def _tuple(words: Iterable[str]) -> str:

@@ -28,6 +28,7 @@ from memwise.train.engine.act_actions import (  # noqa: E402
     Remake,
     Sketch,
 )
+from memwise.train.engine.act_hooks import Hooks, Spot  # noqa: E402
 from memwise.train.engine.act_plan import each  # noqa: E402
 from memwise.train.engine.act_tables import (  # noqa: E402
     FUNCTIONS,
@@ -631,3 +632,18 @@ def test_layers_that_share_an_input_share_its_sketch() -> None:
 def test_knobs_that_cannot_be_are_refused(wrong: Callable[[], Any]) -> None:
     with pytest.raises(InvalidKnob):
         wrong()
+
+
+@pytest.mark.parametrize("codec", ["e4m3/tensor", "e4m3/group16:f16", "int8/group64"])
+def test_views_of_one_storage_share_their_codes_and_keep_their_strides(codec) -> None:
+    x = torch.randn(2, 64, 4, 32, requires_grad=True)
+    y = x * 1  # no leaf
+    heads, rows = y.transpose(1, 2), y.view(128, 128)
+    hooks = Hooks(frozenset(), stack=[Spot("site", "other", (Quant(codec),))])
+    kept = [hooks.pack(t) for t in (heads, rows)]
+    assert sum(line.held_bytes for line in hooks.lines.values()) == hooks.now_bytes
+    assert hooks.now_bytes < 1.2 * y.numel()
+    as_heads, as_rows = (hooks.unpack(one) for one in kept)
+    assert as_heads.stride() == heads.stride()
+    assert torch.equal(as_heads.transpose(1, 2).reshape(128, 128), as_rows)
+    assert (as_rows - rows).abs().max() < 0.2

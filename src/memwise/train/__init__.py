@@ -7,19 +7,31 @@ from memwise.catalogue import export
 
 if TYPE_CHECKING:
     from memwise.train.engine.activations import compress_activations
+    from memwise.train.engine.peft import from_peft, load_peft, save_peft
     from memwise.train.engine.reversible import ReversibleSequence
     from memwise.train.policies.adamw import AdamW
     from memwise.train.policies.adamw4bit import AdamW4bit
+    from memwise.train.policies.apiq import ApiQ
     from memwise.train.policies.coat_activations import CoatActivations
     from memwise.train.policies.coat_states import CoatStates
     from memwise.train.policies.few_bit_backward import FewBitBackward
     from memwise.train.policies.galore import GaLore
+    from memwise.train.policies.ist import IST
     from memwise.train.policies.keep import Keep
     from memwise.train.policies.lion import Lion
+    from memwise.train.policies.lora import LoRA
+    from memwise.train.policies.lors import LoRS
     from memwise.train.policies.offload import Offload
     from memwise.train.policies.online_subspace_descent import OnlineSubspaceDescent
+    from memwise.train.policies.peqa import PEQA
     from memwise.train.policies.plain_blocks import PlainBlocks
+    from memwise.train.policies.qlora import QLoRA
+    from memwise.train.policies.quantized_diffusion_personalization import (
+        QuantizedDiffusionPersonalization,
+    )
+    from memwise.train.policies.randlora import RandLoRA
     from memwise.train.policies.randomized_linear_backward import RandomizedLinearBackward
+    from memwise.train.policies.read import READ
     from memwise.train.policies.recompute import Recompute
     from memwise.train.policies.reversible_3d_unet import Reversible3DUNet
     from memwise.train.policies.reversible_darts import ReversibleDARTS
@@ -29,18 +41,27 @@ if TYPE_CHECKING:
     from memwise.train.policies.video_first_masking import VideoFirstMasking
 
 __all__ = [
+    "IST",
+    "PEQA",
+    "READ",
     "SGDM",
     "AdamW",
     "AdamW4bit",
+    "ApiQ",
     "CoatActivations",
     "CoatStates",
     "FewBitBackward",
     "GaLore",
     "Keep",
     "Lion",
+    "LoRA",
+    "LoRS",
     "Offload",
     "OnlineSubspaceDescent",
     "PlainBlocks",
+    "QLoRA",
+    "QuantizedDiffusionPersonalization",
+    "RandLoRA",
     "RandomizedLinearBackward",
     "Recompute",
     "Reversible3DUNet",
@@ -50,22 +71,37 @@ __all__ = [
     "StreamlinedInference",
     "VideoFirstMasking",
     "compress_activations",
+    "from_peft",
+    "load_peft",
+    "save_peft",
 ]
 
 # Lazy, so that naming one method loads that method's dependencies and no others.
 _WHERE: dict[str, tuple[str, ...]] = {
+    "IST": ("memwise.train.policies.ist", "torch"),
+    "PEQA": ("memwise.train.policies.peqa", "torch"),
+    "READ": ("memwise.train.policies.read", "torch"),
     "SGDM": ("memwise.train.policies.sgdm", "torch"),
     "AdamW": ("memwise.train.policies.adamw", "torch"),
     "AdamW4bit": ("memwise.train.policies.adamw4bit", "torch"),
+    "ApiQ": ("memwise.train.policies.apiq", "torch"),
     "CoatActivations": ("memwise.train.policies.coat_activations", "torch"),
     "CoatStates": ("memwise.train.policies.coat_states", "torch"),
     "FewBitBackward": ("memwise.train.policies.few_bit_backward", "torch"),
     "GaLore": ("memwise.train.policies.galore", "torch"),
     "Keep": ("memwise.train.policies.keep", "torch"),
     "Lion": ("memwise.train.policies.lion", "torch"),
+    "LoRA": ("memwise.train.policies.lora", "torch"),
+    "LoRS": ("memwise.train.policies.lors", "torch"),
     "Offload": ("memwise.train.policies.offload", "torch"),
     "OnlineSubspaceDescent": ("memwise.train.policies.online_subspace_descent", "torch"),
     "PlainBlocks": ("memwise.train.policies.plain_blocks", "torch"),
+    "QLoRA": ("memwise.train.policies.qlora", "torch"),
+    "QuantizedDiffusionPersonalization": (
+        "memwise.train.policies.quantized_diffusion_personalization",
+        "torch",
+    ),
+    "RandLoRA": ("memwise.train.policies.randlora", "torch"),
     "RandomizedLinearBackward": ("memwise.train.policies.randomized_linear_backward", "torch"),
     "Recompute": ("memwise.train.policies.recompute", "torch"),
     "Reversible3DUNet": ("memwise.train.policies.reversible_3d_unet", "torch"),
@@ -75,6 +111,9 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "StreamlinedInference": ("memwise.train.policies.streamlined_inference", "torch"),
     "VideoFirstMasking": ("memwise.train.policies.video_first_masking", "torch"),
     "compress_activations": ("memwise.train.engine.activations", "torch"),
+    "from_peft": ("memwise.train.engine.peft", "torch"),
+    "load_peft": ("memwise.train.engine.peft", "torch"),
+    "save_peft": ("memwise.train.engine.peft", "torch"),
 }
 
 

@@ -57,7 +57,6 @@ class _Case:
         kind: of the sites whose bytes are told apart.
         share: what they may hold of what they held, from the policy.
         dtype: of the model whose bytes are measured.
-        size: sequences in its batches.
         judged: "peak" of the step or what is "held" between the passes: what the margin is about.
     """
 
@@ -69,7 +68,6 @@ class _Case:
     kind: str = ""
     share: Callable[[Any], float] = lambda policy: 1.0
     dtype: torch.dtype = torch.float32
-    size: int = 8
     judged: str = "peak"
 
 
@@ -84,7 +82,7 @@ _CASES = {
     ),
     "CoatActivations": _Case(
         0.005, "", {"one scale a tensor": _Coded("e4m3/tensor"), "2 bits": _Coded("int2/group16")},
-        {}, "2 bits", "linear", lambda policy: 0.5, torch.bfloat16, 2, "held",
+        {}, "2 bits", "linear", lambda policy: 0.5, torch.bfloat16, "held",
     ),
 }  # fmt: skip
 _EXACT = _Case(0.0005)
@@ -110,7 +108,7 @@ def _bytes(method: ActivationPolicy, case: _Case, text: Corpus, seed: int) -> li
     mine, plain, held, kept, reports = [], [], [], [], []
     began = time.perf_counter()
     for step in range(-1, _N_BATCHES):  # the first one makes the gradients and is not counted
-        batch = text.batch(step + 10_000, case.size, 256, seed)
+        batch = text.batch(step + 10_000, _SIZE, 256, seed)
         found = [_step(model, batch, policy) for policy in (method, None)]
         if step < 0:
             continue
@@ -137,7 +135,7 @@ def _bytes(method: ActivationPolicy, case: _Case, text: Corpus, seed: int) -> li
             {"reached": first.reached_ratio}, behaves if name == case.judged else {},
             primary=name == case.judged, bytes=max(mine if name == "peak" else held),
             baseline_bytes=max(plain if name == "peak" else kept), seconds=seconds,
-            data=f"ByteLM, {str(case.dtype).removeprefix('torch.')}, {case.size} x 256 bytes",
+            data=f"ByteLM, {str(case.dtype).removeprefix('torch.')}, {_SIZE} x 256 bytes",
             note="bytes vary with the batch by nothing but rounding up",
         )
         for name, values in ratio.items()

@@ -20,7 +20,18 @@ from torch import Tensor, nn
 from memwise.codec.spec import parse
 from memwise.codec.th import Codec
 from memwise.errors import InvalidKnob
-from memwise.train.engine.act_hooks import Action, Coded, Form, Hooks, OnDisk, OnHost, Remade, Spot
+from memwise.train.engine.act_hooks import (
+    Action,
+    Coded,
+    Form,
+    Hooks,
+    OnDisk,
+    OnHost,
+    Remade,
+    Restrided,
+    Spot,
+    in_storage_order,
+)
 from memwise.train.engine.act_tables import FUNCTIONS, Settings, Steps, steps
 from memwise.train.engine.saves import (
     Conv,
@@ -35,6 +46,9 @@ from memwise.train.engine.saves import (
 )
 
 Run = Callable[..., Any]
+
+_CODES = "codes"
+_OF_NO_AXIS = ("none", "tensor", "group")  # scales that do not ask where a row ends
 
 _CONVS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -55,7 +69,7 @@ class Keep(Action):
 
 @dataclass(frozen=True)
 class Quant(Action):
-    """Keeps codes of a codec.
+    """Keeps codes of a codec; what several operations save is coded once, by the first of them.
 
     Attributes:
         codec: its name; one that rounds to the nearest.
@@ -73,8 +87,13 @@ class Quant(Action):
         if t.numel() * t.element_size() > t.untyped_storage().nbytes():
             return None  # an expanded tensor has fewer numbers than it shows
         codec = Codec(parse(self.codec))
+        # Attention saves as heads what a linear layer saves as rows: one storage, one set of codes.
+        flat = in_storage_order(t) if codec.spec.scale.kind in _OF_NO_AXIS else None
         try:
-            return hooks.shared(t, self.codec, lambda: Coded(t, codec))
+            if flat is None:
+                return hooks.shared(t, _CODES, lambda: Coded(t, codec))
+            form = hooks.shared(flat, _CODES, lambda: Coded(flat, codec))
+            return Restrided(form, t.shape, t.stride())
         except InvalidKnob as problem:
             hooks.note(hooks.stack[-1].name if hooks.stack else "(outside)", f"kept: {problem}")
             return None

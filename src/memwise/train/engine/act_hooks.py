@@ -7,6 +7,7 @@ notices in-place changes, which autograd itself no longer does under hooks.
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import weakref
@@ -29,6 +30,7 @@ from memwise.errors import BudgetExceeded
 from memwise.train.engine.saves import Payload
 
 SMALL = 4096  # numbers; below, a tensor stays as it is
+_WIDTH = 4096  # numbers in a row of a tensor that is coded in the order of its storage
 Key = tuple[str, int]  # device and address of a storage
 
 
@@ -86,6 +88,28 @@ class Coded:
     def tensor(self) -> Tensor:
         """The decoded tensor."""
         return self._codec.decode(self._packed)
+
+
+class Restrided:
+    """What another form holds in the order of its storage, seen as one operation saved it."""
+
+    def __init__(self, form: Form, shape: torch.Size, stride: tuple[int, ...]) -> None:
+        self._form, self._shape, self._stride = form, shape, stride
+        self.storages: Mapping[Key, int] = form.storages
+
+    def tensor(self) -> Tensor:
+        """The tensor, with the strides that it had."""
+        return self._form.tensor().as_strided(self._shape, self._stride)
+
+
+def in_storage_order(t: Tensor) -> Tensor | None:
+    """All numbers of a tensor as rows (n, width), without a copy; None where they have gaps.
+
+    The same for all views of the same numbers: the width is a matter of their count alone.
+    """
+    axes = sorted(range(t.ndim), key=t.stride().__getitem__, reverse=True)
+    dense = t.permute(axes)
+    return dense.view(-1, math.gcd(t.numel(), _WIDTH)) if dense.is_contiguous() else None
 
 
 class OnHost:
@@ -384,7 +408,8 @@ class Hooks:
 
     def _count(self, t: Tensor, form: Form, line: Line) -> None:
         """Count as `_hold` would, of a form that dies at once."""
-        token = _key(t) if isinstance(form, Whole) else self._same(t)
+        flat = in_storage_order(t) if isinstance(form, Restrided) else None
+        token = _key(t) if isinstance(form, Whole) else self._same(t if flat is None else flat)
         known = self._counted.get(token)
         if known is not None and not known.expired():
             return
