@@ -52,6 +52,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "memwise.train.engine.activations": ("compress_activations",),
         "memwise.train.engine.peft": ("from_peft", "load_peft", "save_peft"),
         "memwise.train.engine.reversible": ("ReversibleSequence",),
+        "memwise.train.tune": ("Settings", "tune"),
     },
 }
 NEEDS = {"train": ("torch",)}  # extras without which nothing of a room can be loaded

@@ -260,6 +260,45 @@ def bench(
         print(comparison.text())
 
 
+@app.command()
+def tune(
+    model: Annotated[
+        str, typer.Argument(help="gemma (Gemma Terms of Use), or a Hugging Face folder.")
+    ],
+    data: Annotated[Path, typer.Argument(help="Text, or JSON lines (.jsonl).")],
+    budget: Annotated[
+        str | None, typer.Option(help="Bytes that no moment may exceed, e.g. 4GiB.", metavar="SIZE")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the results; a run cut off there goes on.")
+    ] = Path("tuned"),
+    steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 100,
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    batch: Annotated[int, typer.Option(help="Windows of a forward pass.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Forward passes of a step.")] = 1,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate.", show_default="by what is trained")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="full, lora, qlora, peqa, ...", show_default="best that fits")
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw, adamw4bit, ...", show_default="best that fits")
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a language model on a file of text, inside a byte budget."""
+    catalogue.need("torch", what="memwise tune")
+    from memwise import cli_tune
+    from memwise.train.tune import Settings
+
+    settings = Settings(steps, context, batch, accumulate, lr, seed, adapter, optimizer, field)
+    cli_tune.run(model, data, budget, out, settings, save_every, as_json)
+
+
 def _named(row: Method, glob: str) -> bool:
     names = (row.name, *row.methods, *(key.partition("/")[2] for key in row.methods))
     return any(fnmatchcase(name.lower(), glob.lower()) for name in names)

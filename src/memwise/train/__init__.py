@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from memwise.train.policies.sgdm import SGDM
     from memwise.train.policies.streamlined_inference import StreamlinedInference
     from memwise.train.policies.video_first_masking import VideoFirstMasking
+    from memwise.train.tune import Settings, tune
 
 __all__ = [
     "IST",
@@ -68,12 +69,14 @@ __all__ = [
     "ReversibleDARTS",
     "ReversibleSequence",
     "SelectiveDifferentiation",
+    "Settings",
     "StreamlinedInference",
     "VideoFirstMasking",
     "compress_activations",
     "from_peft",
     "load_peft",
     "save_peft",
+    "tune",
 ]
 
 # Lazy, so that naming one method loads that method's dependencies and no others.
@@ -108,12 +111,14 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "ReversibleDARTS": ("memwise.train.policies.reversible_darts", "torch"),
     "ReversibleSequence": ("memwise.train.engine.reversible", "torch"),
     "SelectiveDifferentiation": ("memwise.train.policies.selective_differentiation", "torch"),
+    "Settings": ("memwise.train.tune", "torch"),
     "StreamlinedInference": ("memwise.train.policies.streamlined_inference", "torch"),
     "VideoFirstMasking": ("memwise.train.policies.video_first_masking", "torch"),
     "compress_activations": ("memwise.train.engine.activations", "torch"),
     "from_peft": ("memwise.train.engine.peft", "torch"),
     "load_peft": ("memwise.train.engine.peft", "torch"),
     "save_peft": ("memwise.train.engine.peft", "torch"),
+    "tune": ("memwise.train.tune", "torch"),
 }
 
 
