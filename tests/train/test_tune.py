@@ -19,6 +19,7 @@ from memwise.train import tune as tuning  # noqa: E402
 from memwise.train.engine.heads import linear_cross_entropy  # noqa: E402
 from memwise.train.tune import Settings, tune  # noqa: E402
 from memwise.train.tune_data import LONGEST, Windows, tokenized  # noqa: E402
+from memwise.train.tune_plan import CausalLoss  # noqa: E402
 
 WORDS = "the river ran under the old bridge and nobody in the village knew its name\n"
 
@@ -84,6 +85,15 @@ def test_loss_and_gradients_are_those_of_cross_entropy(frozen, monkeypatch) -> N
         torch.autograd.grad(mine * 3, wanted), torch.autograd.grad(plain * 3, wanted), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("draw", range(4))
+def test_dropout_does_not_hide_that_the_loss_needs_no_logits(model, draw) -> None:
+    loss = CausalLoss(transformers.AutoModelForCausalLM.from_pretrained(model)).train()
+    with torch.random.fork_rng():
+        torch.manual_seed(draw)
+        assert loss.look(torch.arange(33)[None])
+    assert loss.training
 
 
 # --- data
