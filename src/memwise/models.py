@@ -267,7 +267,7 @@ def local_model(path: str | Path | None = None, *, progress: Progress | None = N
     if not folder.is_dir():
         raise InvalidKnob(f"{str(folder)!r} is not a folder; give a Hugging Face model folder")
 
-    with _quiet(hf):
+    with quiet(hf):
         try:
             tokenizer = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model = hf.AutoModelForCausalLM.from_pretrained(
@@ -312,11 +312,11 @@ def _convert(folder: Path, progress: Progress) -> None:
 
     progress("decoding the weights", 0.02)
     # The GGUF reader draws a bar of its own that no setting turns off.
-    with _quiet(hf), redirect_stderr(io.StringIO()):
+    with quiet(hf), redirect_stderr(io.StringIO()):
         read = hf.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf.name, dtype=torch.float32
         )
-    with _quiet(hf):
+    with quiet(hf):
         # A model read from GGUF refuses to be saved: move its weights into a plain one.
         settings = read.config.to_dict()
         settings.pop("quantization_config", None)
@@ -371,7 +371,7 @@ def _bar() -> Iterator[Progress]:
 
 
 @contextmanager
-def _quiet(hf: Any) -> Iterator[None]:
+def quiet(hf: Any) -> Iterator[None]:
     """Keep transformers from drawing its own bars over ours; its setting is put back."""
     logging = hf.utils.logging
     drawing = logging.is_progress_bar_enabled()

@@ -18,7 +18,7 @@ from memwise.errors import BudgetExceeded, InvalidKnob, StoreLocked  # noqa: E40
 from memwise.train import tune as tuning  # noqa: E402
 from memwise.train.engine.heads import linear_cross_entropy  # noqa: E402
 from memwise.train.tune import Settings, tune  # noqa: E402
-from memwise.train.tune_data import LONGEST, Windows, tokenized  # noqa: E402
+from memwise.train.tune_data import LONGEST, Windows, start_of, tokenized  # noqa: E402
 from memwise.train.tune_plan import CausalLoss  # noqa: E402
 
 WORDS = "the river ran under the old bridge and nobody in the village knew its name\n"
@@ -155,6 +155,18 @@ def test_held_out_windows_are_never_trained_on_and_all_others_once_an_epoch(
     again = [tuple(row.tolist()) for nth in range(n, 2 * n) for row in windows.batch(nth, 1)]
     assert sorted(again) == sorted(wanted)
     assert again != seen
+
+
+def test_each_window_begins_as_the_tokenizer_begins_a_text(model, text, tmp_path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    assert start_of(tokenizer) is None
+    path = tokenized(text, tokenizer, tmp_path)
+    plain, started = Windows.of(path, 32, 3), Windows.of(path, 32, 3, start=7)
+    assert plain.window(1)[0] == plain.window(0)[-1]
+    assert started.window(0)[0] == started.window(1)[0] == 7
+    assert torch.equal(started.window(1)[1:], torch.from_numpy(plain.tokens[32:64].astype("int64")))
+    tokenizer.bos_token = "a"
+    assert start_of(tokenizer) == tokenizer.convert_tokens_to_ids("a")
 
 
 # --- plans

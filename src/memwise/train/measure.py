@@ -16,6 +16,7 @@ gradients and lazy optimizer states, and chooses kernels.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import weakref
 from collections import Counter, deque
@@ -172,6 +173,8 @@ class _ProfilerRuler:
             weakref.ref(storage, partial(_note_freed, storage.data_ptr(), storage.nbytes()))
             for storage in _storages_of_python()
         ]
+        # Kineto tells of its starts and stops on stderr, at whatever level it reads once.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
         self.mark(_REST)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,10 +28,10 @@ import torch
 from memwise import __version__
 from memwise.budget import Budget, BudgetLike, readable
 from memwise.errors import BudgetExceeded, InvalidKnob, StoreLocked
-from memwise.models import LocalModel, local_model
+from memwise.models import LocalModel, local_model, quiet
 from memwise.train.engine.deltas import LowRank
 from memwise.train.engine.peft import save_peft
-from memwise.train.tune_data import Windows, tokenized
+from memwise.train.tune_data import Windows, start_of, tokenized
 from memwise.train.tune_plan import FULL, Setup, Way, first_that_fits, judged, rate, set_up, ways
 
 Told: TypeAlias = Callable[[str, Mapping[str, Any]], None]
@@ -113,7 +114,7 @@ def tune(
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         path = tokenized(Path(data), loaded.tokenizer, folder, own.field)
-        windows = Windows.of(path, own.context, own.seed)
+        windows = Windows.of(path, own.context, own.seed, start_of(loaded.tokenizer))
         run = _Run(loaded, windows, own, limit, folder, _identity(loaded, path, own, limit))
         finished = run.finished()
         return finished if finished is not None else run.go(candidates, save_every, hear)
@@ -302,7 +303,8 @@ class _Run:
         """Write what was trained: a model, PEFT's format for LoRA, or the deltas."""
         if made.way.adapter == FULL:
             where = self.folder / "model"
-            self.model.save_pretrained(where)
+            with quiet(import_module("transformers")):
+                self.model.save_pretrained(where)
             self.tokenizer.save_pretrained(where)
             return where.name
         handle = made.handle

@@ -1,8 +1,9 @@
 """Text and JSON-lines files as tokens on disk, checked before anything is trained.
 
-Tokens are written once and mapped afterwards, so that a corpus takes no memory. Windows of
-context + 1 tokens overlap by one, the last part is held out, and a step's batch follows from the
-seed and its number alone: a resumed run reads on where it stopped.
+Tokens are written once and mapped afterwards, so that a corpus takes no memory. Windows hold
+context + 1 tokens; each begins as the model knows it from its tokenizer, else with the last token
+of the one before. Some are held out, and a step's batch follows from the seed and its number alone:
+a resumed run reads on where it stopped.
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ def tokenized(source: Path, tokenizer: Any, folder: Path, field: str = "text") -
                 np.array([*ids, *between], dtype=np.int32).tofile(out)
     part.replace(target)
     return target
+
+
+def start_of(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts before every text; Gemma is lost without it."""
+    ids = tokenizer("a").input_ids
+    return ids[0] if ids[:1] == [tokenizer.bos_token_id] else None
 
 
 def _is_json(source: Path) -> bool:
@@ -142,14 +149,16 @@ class Windows:
         tokens: (n,), mapped.
         context: tokens a window predicts.
         seed: of the order.
+        start: token before each window; None = the last one of the window before.
     """
 
     tokens: NDArray[np.int32]
     context: int
     seed: int
+    start: int | None = None
 
     @classmethod
-    def of(cls, path: Path, context: int, seed: int) -> Windows:
+    def of(cls, path: Path, context: int, seed: int, start: int | None = None) -> Windows:
         """Those of a file.
 
         Raises:
@@ -161,12 +170,12 @@ class Windows:
                 f"{len(tokens)} tokens are less than two windows of {context}; give more text, or "
                 "a smaller --context"
             )
-        return cls(tokens, context, seed)
+        return cls(tokens, context, seed, start)
 
     @property
     def n_windows(self) -> int:
         """All of them."""
-        return (len(self.tokens) - 1) // self.context
+        return (len(self.tokens) - (self.start is None)) // self.context
 
     @property
     def held_out(self) -> list[int]:
@@ -176,8 +185,10 @@ class Windows:
 
     def window(self, number: int) -> Tensor:
         """Tokens (context + 1,) of a window."""
-        first = number * self.context
-        return torch.from_numpy(self.tokens[first : first + self.context + 1].astype(np.int64))
+        first = number * self.context + (self.start is None)
+        before = self.tokens[first - 1] if self.start is None else self.start
+        ids = np.array([before, *self.tokens[first : first + self.context]], dtype=np.int64)
+        return torch.from_numpy(ids)
 
     def batch(self, nth: int, size: int) -> Tensor:
         """Tokens (size, context + 1) of the nth batch; every epoch has an order of its own."""
