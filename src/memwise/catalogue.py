@@ -33,6 +33,7 @@ _PROOF = {
     "serve": "fastapi",
     "postgres": "psycopg",
     "bench": "matplotlib",
+    "plan": "scipy",
 }
 
 

@@ -230,7 +230,7 @@ class _Headless:
         self.model = model
 
     def __enter__(self) -> None:
-        self.model.forward = self._loss
+        self.model.forward = self._loss  # type: ignore[method-assign]
 
     def __exit__(self, *about: object) -> None:
         del self.model.forward

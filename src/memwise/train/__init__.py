@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from memwise.train.policies.galore import GaLore
     from memwise.train.policies.ist import IST
     from memwise.train.policies.keep import Keep
+    from memwise.train.policies.lemo import LeMo
     from memwise.train.policies.lion import Lion
     from memwise.train.policies.lora import LoRA
     from memwise.train.policies.lors import LoRS
+    from memwise.train.policies.memo_swap import MemoSwap
     from memwise.train.policies.offload import Offload
     from memwise.train.policies.online_subspace_descent import OnlineSubspaceDescent
     from memwise.train.policies.peqa import PEQA
@@ -54,9 +56,11 @@ __all__ = [
     "FewBitBackward",
     "GaLore",
     "Keep",
+    "LeMo",
     "Lion",
     "LoRA",
     "LoRS",
+    "MemoSwap",
     "Offload",
     "OnlineSubspaceDescent",
     "PlainBlocks",
@@ -93,9 +97,11 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "FewBitBackward": ("memwise.train.policies.few_bit_backward", "torch"),
     "GaLore": ("memwise.train.policies.galore", "torch"),
     "Keep": ("memwise.train.policies.keep", "torch"),
+    "LeMo": ("memwise.train.policies.lemo", "torch"),
     "Lion": ("memwise.train.policies.lion", "torch"),
     "LoRA": ("memwise.train.policies.lora", "torch"),
     "LoRS": ("memwise.train.policies.lors", "torch"),
+    "MemoSwap": ("memwise.train.policies.memo_swap", "torch"),
     "Offload": ("memwise.train.policies.offload", "torch"),
     "OnlineSubspaceDescent": ("memwise.train.policies.online_subspace_descent", "torch"),
     "PlainBlocks": ("memwise.train.policies.plain_blocks", "torch"),

@@ -166,6 +166,21 @@ class Swap(Action):
         raise NotImplementedError
 
 
+class Wrap(Action):
+    """An action on a block as a whole: it decides how the block's forward pass is run."""
+
+    def wrap(self, module: nn.Module, run: Run, spot: Spot, hooks: Hooks) -> Run:
+        """The new forward pass.
+
+        Args:
+            module: the block.
+            run: its forward pass.
+            spot: where to count.
+            hooks: of the tape; `hooks.shares` holds what the blocks have in common.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class FewBit(Swap):
     """Keeps, of the input of an activation function, the interval it lies in.

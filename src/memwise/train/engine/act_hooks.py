@@ -290,6 +290,7 @@ class Hooks:
         self._payloads: weakref.WeakValueDictionary[Any, Payload] = weakref.WeakValueDictionary()
         self._sources: dict[Any, StorageWeakRef] = {}
         self._folders: dict[str | None, Folder] = {}
+        self._shares: dict[Action, Any] = {}
         self._n_packed, self._seed = 0, 0
 
     @torch.no_grad()
@@ -368,6 +369,19 @@ class Hooks:
     def holds(self, t: Tensor) -> bool:
         """Whether another operation keeps this tensor as it is."""
         return self._holders[_key(t)] > 0
+
+    def shares(self, action: Action, make: Callable[[], Any]) -> Any:
+        """What the modules under one action have in common for the time of this tape."""
+        if action not in self._shares:
+            self._shares[action] = make()
+        return self._shares[action]
+
+    def take(self, n_bytes: int) -> None:
+        """Count bytes that an action holds by itself from now on; negative where it lets go."""
+        self.now_bytes += n_bytes
+        self.peak_bytes = max(self.peak_bytes, self.now_bytes)
+        if n_bytes > 0:
+            self._check()
 
     def first_sight(self, t: Tensor) -> int:
         """Bytes of the storage if it was not counted yet, else 0."""

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from memwise.budget import Budget, BudgetLike, readable
 from memwise.catalogue import Card
 from memwise.errors import InvalidKnob
-from memwise.train.engine.act_actions import Planned, Recompute, Sketch, Swap, steady
+from memwise.train.engine.act_actions import Planned, Recompute, Sketch, Swap, Wrap, steady
 from memwise.train.engine.act_hooks import Hooks, Spot, own_storages
 from memwise.train.engine.act_plan import (
     EXACT,
@@ -144,6 +144,11 @@ class Tape:
     def peak_bytes(self) -> int:
         """Bytes kept at most."""
         return self._hooks.peak_bytes
+
+    def state(self, site: str) -> Any:
+        """What the action on a whole block shares with that on others; None where there is none."""
+        actions = (action for action in each(self.plan[site]) if isinstance(action, Wrap))
+        return next((self._hooks.shares(action, lambda: None) for action in actions), None)
 
     def report(self) -> Report:
         """Bytes by kind, action and site, and what could not be done."""
@@ -297,6 +302,9 @@ class compress_activations:
                 made = self._recomputing(site, plan, hooks)
             else:
                 made, spot = self._operation(site, plan.get(site.name, ()), hooks)
+                for action in each(plan.get(site.name, ())):
+                    if isinstance(action, Wrap):
+                        made = action.wrap(self._modules[site.name], made, spot, hooks)
             wrapped = _attributed(made, spot, hooks)
             if site.name:
                 stack.enter_context(_swapped(self._modules[site.name], wrapped))
@@ -312,7 +320,7 @@ class compress_activations:
     ) -> tuple[Run, Spot]:
         """The forward pass of a module, swapped where an action can, and where it counts."""
         actions = each(planned)
-        of_tensors = tuple(a for a in actions if not isinstance(a, Swap | Recompute))
+        of_tensors = tuple(a for a in actions if not isinstance(a, Swap | Recompute | Wrap))
         for action in actions:
             if not isinstance(action, Swap):
                 continue
