@@ -9,15 +9,18 @@ if TYPE_CHECKING:
     from memwise.train.engine.activations import compress_activations
     from memwise.train.engine.peft import from_peft, load_peft, save_peft
     from memwise.train.engine.reversible import ReversibleSequence
+    from memwise.train.policies.adafactor import Adafactor
     from memwise.train.policies.adamw import AdamW
     from memwise.train.policies.adamw4bit import AdamW4bit
     from memwise.train.policies.apiq import ApiQ
     from memwise.train.policies.coat_activations import CoatActivations
     from memwise.train.policies.coat_states import CoatStates
+    from memwise.train.policies.dpsgd import DPSGD
     from memwise.train.policies.few_bit_backward import FewBitBackward
     from memwise.train.policies.galore import GaLore
     from memwise.train.policies.ist import IST
     from memwise.train.policies.keep import Keep
+    from memwise.train.policies.lazydp import LazyDP
     from memwise.train.policies.lemo import LeMo
     from memwise.train.policies.lion import Lion
     from memwise.train.policies.lora import LoRA
@@ -44,10 +47,12 @@ if TYPE_CHECKING:
     from memwise.train.tune import Settings, tune
 
 __all__ = [
+    "DPSGD",
     "IST",
     "PEQA",
     "READ",
     "SGDM",
+    "Adafactor",
     "AdamW",
     "AdamW4bit",
     "ApiQ",
@@ -56,6 +61,7 @@ __all__ = [
     "FewBitBackward",
     "GaLore",
     "Keep",
+    "LazyDP",
     "LeMo",
     "Lion",
     "LoRA",
@@ -85,10 +91,12 @@ __all__ = [
 
 # Lazy, so that naming one method loads that method's dependencies and no others.
 _WHERE: dict[str, tuple[str, ...]] = {
+    "DPSGD": ("memwise.train.policies.dpsgd", "torch"),
     "IST": ("memwise.train.policies.ist", "torch"),
     "PEQA": ("memwise.train.policies.peqa", "torch"),
     "READ": ("memwise.train.policies.read", "torch"),
     "SGDM": ("memwise.train.policies.sgdm", "torch"),
+    "Adafactor": ("memwise.train.policies.adafactor", "torch"),
     "AdamW": ("memwise.train.policies.adamw", "torch"),
     "AdamW4bit": ("memwise.train.policies.adamw4bit", "torch"),
     "ApiQ": ("memwise.train.policies.apiq", "torch"),
@@ -97,6 +105,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "FewBitBackward": ("memwise.train.policies.few_bit_backward", "torch"),
     "GaLore": ("memwise.train.policies.galore", "torch"),
     "Keep": ("memwise.train.policies.keep", "torch"),
+    "LazyDP": ("memwise.train.policies.lazydp", "torch"),
     "LeMo": ("memwise.train.policies.lemo", "torch"),
     "Lion": ("memwise.train.policies.lion", "torch"),
     "LoRA": ("memwise.train.policies.lora", "torch"),

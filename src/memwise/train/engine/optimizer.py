@@ -7,7 +7,8 @@ in place. So no second copy of a parameter or of a state ever exists; what a ste
 blocks.
 
 A state whose factors are shared by rows of different blocks (rank1) is advanced twice: first alone,
-for its factors, then with the others, for its codes.
+for its factors, then with the others, for its codes. A rule that needs the whole of a matrix before
+it moves any of it (Adafactor's means and norms) surveys it first, in the same blocks.
 
 Shapes: n rows of d coordinates, r rows in a block.
 """
@@ -28,7 +29,7 @@ from memwise.codec.spec import parse
 from memwise.codec.th import Codec
 from memwise.codec.th_rows import Bound, Rows, Scratch
 from memwise.errors import InvalidKnob
-from memwise.train.engine.rules import AdamW, Rule
+from memwise.train.engine.rules import AdamW, Rule, Surveying, by_rows
 from memwise.train.engine.subspace import Subspace
 
 Tensor: TypeAlias = torch.Tensor
@@ -191,7 +192,8 @@ class MemOptimizer(torch.optim.Optimizer):
         weight = (param.data if whole else param.data.contiguous()).view(plane(param.shape))
         grad = grad.reshape(weight.shape)
         if subspace is None:
-            _Move(weight, grad, self.policy.rule, names, state, group, draws, scratch).run()
+            rule, n_axes = self.policy.rule, param.ndim
+            _Move(weight, grad, rule, names, state, group, draws, scratch, n_axes).run()
         else:
             low = subspace.down(grad, state, draws)
             delta, still = torch.zeros_like(low), {**group, "weight_decay": 0.0}
@@ -267,8 +269,10 @@ class _Move:
     def __init__(
         self, weight: Tensor, grad: Tensor, rule: Rule, names: Mapping[str, str],
         state: dict[str, Any], hyper: Mapping[str, Any], draws: torch.Generator, scratch: Scratch,
+        n_axes: int = 2,
     ) -> None:  # fmt: skip
         n, d = weight.shape
+        self.state, self.n_axes = state, n_axes
         self.weight, self.grad, self.rule, self.hyper = weight, grad, rule, hyper
         self.t, self.draws = int(state["step"]), draws
         self.exact, self.coded = {}, {}
@@ -287,7 +291,7 @@ class _Move:
 
     def run(self) -> None:
         """Decode, apply the rule, encode, block after block."""
-        target = self._with_new_factors()
+        target, found = self._with_new_factors(), self._surveyed()
         for first, n_rows in self._parts():
             sources = self._bound(self.coded, n_rows)
             targets = {
@@ -297,19 +301,33 @@ class _Move:
                 )
             }
             for row in range(first, len(self.weight) - n_rows + 1, n_rows):
-                self._block(slice(row, row + n_rows), sources, targets)
+                self._block(slice(row, row + n_rows), sources, targets, found)
         for name, coded in target.items():
             for part, array in self.coded[name].arrays.items():
                 if array is not coded.arrays[part]:
                     array.copy_(coded.arrays[part])
 
+    def _surveyed(self) -> Mapping[str, Tensor]:
+        """What the rule finds of the whole matrix, where it wants to see that first."""
+        if not isinstance(self.rule, Surveying):
+            return {}
+        parts = [
+            slice(row, row + n_rows)
+            for first, n_rows in self._parts()
+            for row in range(first, len(self.weight) - n_rows + 1, n_rows)
+        ]
+        return self.rule.survey(
+            self.weight, self.grad, self.n_axes, self.state, self.hyper, self.t, parts
+        )
+
     def _block(
-        self, rows: slice, sources: Mapping[str, Bound], targets: Mapping[str, Bound]
-    ) -> None:
+        self, rows: slice, sources: Mapping[str, Bound], targets: Mapping[str, Bound],
+        found: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
         weight = self.weight[rows]
         if weight.dtype != torch.float32:
             weight = self.scratch.block(self.spare, len(weight)).copy_(weight)
-        states = {name: state[rows] for name, state in self.exact.items()}
+        states = {name: state[rows] for name, state in self.exact.items()} | by_rows(found, rows)
         for name, source in sources.items():
             states[name] = source.decode(rows.start)
         other = self.scratch.other(weight)

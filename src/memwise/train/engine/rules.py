@@ -8,10 +8,10 @@ Shapes: r rows of d coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -64,6 +64,31 @@ class Rule(Protocol):
             weight: (r, d) of the parameter's type, before the step.
             grad: (r, d).
             hyper: the parameter group.
+        """
+
+
+@runtime_checkable
+class Surveying(Protocol):
+    """A rule that must have seen all of a matrix before it moves any part of it."""
+
+    def survey(
+        self, weight: Tensor, grad: Tensor, n_axes: int, state: dict[str, Any], hyper: Hyper,
+        t: int, parts: Sequence[slice],
+    ) -> Mapping[str, Tensor]:  # fmt: skip
+        """Go over a matrix before the step, part after part.
+
+        Args:
+            weight: (n, d) of the parameter's type, before the step.
+            grad: (n, d).
+            n_axes: of the parameter; a vector may lie in several rows.
+            state: what is kept of the parameter; the rule's own small tensors may be added.
+            hyper: the parameter group.
+            t: number of this step, from 1.
+            parts: rows that may be looked at together.
+
+        Returns:
+            What `apply` shall find beside its states, by name: tensors of n rows are handed out by
+            rows, those of one row whole.
         """
 
 
@@ -163,6 +188,121 @@ class SGDM:
     def advance(self, name: str, state: Tensor, weight: Tensor, grad: Tensor, hyper: Hyper) -> None:
         """Fade the sum, and add the gradient with its decay."""
         state.mul_(hyper["momentum"]).add_(grad).add_(weight, alpha=hyper["weight_decay"])
+
+
+@dataclass(frozen=True)
+class Adafactor:
+    """Adam's second moment as a column times a row (Shazeer & Stern 2018, arXiv 1804.04235).
+
+    Of a matrix, n + d numbers are kept: the faded means of each row's and each column's squared
+    gradients. A vector keeps all of its own. As `torch.optim.Adafactor` computes it, with one
+    difference: a tensor of more than two axes is one matrix, its first axis by the rest, and not a
+    stack of matrices of its last two.
+
+    Column means, and the two norms that set the size of a step, need all of a matrix: it is gone
+    over twice before it moves. In a subspace there is no weight to take a norm of, and `eps[1]`
+    stands for it.
+    """
+
+    states: ClassVar[tuple[str, ...]] = ()
+
+    def defaults(self) -> dict[str, Any]:
+        """`beta2_decay`, `eps` (of the gradients', of the weights' size), `d`, `weight_decay`."""
+        eps = (torch.finfo(torch.float32).eps, 1e-3)
+        return {"beta2_decay": -0.8, "eps": eps, "d": 1.0, "weight_decay": 0.0}
+
+    def check(self, hyper: Hyper) -> None:
+        """Refuse a positive beta2_decay, a negative eps or decay, a d that is not positive."""
+        _check_floor(hyper, "weight_decay")
+        eps = hyper["eps"]
+        if not isinstance(eps, tuple | list) or len(eps) != 2 or not all(e >= 0 for e in eps):
+            raise InvalidKnob(f"eps={eps!r}: give two numbers not below 0")
+        if not hyper["beta2_decay"] <= 0:
+            raise InvalidKnob(f"beta2_decay={hyper['beta2_decay']!r} must not be above 0")
+        if not hyper["d"] > 0:
+            raise InvalidKnob(f"d={hyper['d']!r} must be above 0")
+
+    def survey(
+        self, weight: Tensor, grad: Tensor, n_axes: int, state: dict[str, Any], hyper: Hyper,
+        t: int, parts: Sequence[slice],
+    ) -> Mapping[str, Tensor]:  # fmt: skip
+        """Advance the factors, and find the size of the step from the norms of both."""
+        eps, floor = hyper["eps"]
+        found = self._factors(grad, n_axes, state, t ** hyper["beta2_decay"], parts)
+        if "row_var" in found:
+            found["row_mean"] = found["row_var"].mean(0, keepdim=True).clamp_(min=eps)
+        # Parts are added up in float64: in how many a matrix is cut must not show in its steps.
+        weights, updates = torch.zeros(2, dtype=torch.float64, device=weight.device)
+        for rows, block, here in _over(grad, found, parts):
+            weights += weight[rows].float().square().sum()
+            update = self._update(block, here, hyper, torch.empty_like(block))
+            updates += update.square_().sum()
+        rms_weight, rms_update = ((s / weight.numel()).sqrt() for s in (weights, updates))
+        size = rms_weight.clamp(min=floor) * min(hyper["lr"], t**-0.5)
+        found["size"] = (size / (rms_update / hyper["d"]).clamp(min=1.0)).float().view(1, 1)
+        return found
+
+    def _factors(
+        self, grad: Tensor, n_axes: int, state: dict[str, Any], share: float,
+        parts: Sequence[slice],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The faded means of the squares, moved by `share` towards those of this gradient."""
+        n, d = grad.shape
+        shapes = {"row_var": (n, 1), "col_var": (1, d)} if n_axes > 1 else {"variance": (n, d)}
+        for name, shape in shapes.items():
+            if name not in state:
+                state[name] = torch.zeros(shape, device=grad.device)
+        found: dict[str, Tensor] = {name: state[name] for name in shapes}
+        columns = torch.zeros(d, dtype=torch.float64, device=grad.device)
+        for _, block, here in _over(grad, found, parts):
+            squares = block.square()
+            if n_axes > 1:
+                here["row_var"].lerp_(squares.mean(1, keepdim=True), share)
+                columns += squares.sum(0)
+            else:
+                here["variance"].lerp_(squares, share)
+        if n_axes > 1:
+            found["col_var"].lerp_((columns / n).float().view(1, d), share)
+        return found
+
+    def _update(
+        self, grad: Tensor, found: Mapping[str, Tensor], hyper: Hyper, out: Tensor
+    ) -> Tensor:
+        """The gradient over the root of its expected square, written into `out`."""
+        if "variance" in found:
+            out.copy_(found["variance"])
+        else:
+            torch.mul(found["row_var"], found["col_var"], out=out).div_(found["row_mean"])
+        return out.clamp_(min=hyper["eps"][0] ** 2).rsqrt_().mul_(grad)
+
+    def apply(
+        self, weight: Tensor, grad: Tensor, states: Mapping[str, Tensor], hyper: Hyper, t: int,
+        scratch: Tensor,
+    ) -> None:  # fmt: skip
+        """Move a block by the update at the size that the survey found, after its decay."""
+        update = self._update(grad, states, hyper, scratch).mul_(states["size"])
+        weight.mul_(1 - hyper["lr"] * hyper["weight_decay"]).sub_(update)
+
+    def advance(self, name: str, state: Tensor, weight: Tensor, grad: Tensor, hyper: Hyper) -> None:
+        """There is nothing of the parameter's shape to advance.
+
+        Raises:
+            InvalidKnob: always.
+        """
+        raise InvalidKnob(f"Adafactor keeps no {name!r} of a parameter's shape; give it no codec")
+
+
+def by_rows(found: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """What belongs to these rows: a part of the tensors of many rows, and the others whole."""
+    return {name: one if len(one) == 1 else one[rows] for name, one in found.items()}
+
+
+def _over(
+    grad: Tensor, found: Mapping[str, Tensor], parts: Sequence[slice]
+) -> Iterator[tuple[slice, Tensor, dict[str, Tensor]]]:
+    """Rows, their gradient in float32 and what was found of them, part after part."""
+    for rows in parts:
+        yield rows, grad[rows].float(), by_rows(found, rows)
 
 
 @lru_cache(maxsize=4)
