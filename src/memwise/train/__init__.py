@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from memwise.train.policies.apiq import ApiQ
     from memwise.train.policies.coat_activations import CoatActivations
     from memwise.train.policies.coat_states import CoatStates
+    from memwise.train.policies.compact import CompAct
     from memwise.train.policies.dpsgd import DPSGD
     from memwise.train.policies.few_bit_backward import FewBitBackward
     from memwise.train.policies.galore import GaLore
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from memwise.train.policies.lora import LoRA
     from memwise.train.policies.lors import LoRS
     from memwise.train.policies.memo_swap import MemoSwap
+    from memwise.train.policies.neuzip import NeuZip
     from memwise.train.policies.offload import Offload
     from memwise.train.policies.online_subspace_descent import OnlineSubspaceDescent
     from memwise.train.policies.peqa import PEQA
@@ -58,6 +60,7 @@ __all__ = [
     "ApiQ",
     "CoatActivations",
     "CoatStates",
+    "CompAct",
     "FewBitBackward",
     "GaLore",
     "Keep",
@@ -67,6 +70,7 @@ __all__ = [
     "LoRA",
     "LoRS",
     "MemoSwap",
+    "NeuZip",
     "Offload",
     "OnlineSubspaceDescent",
     "PlainBlocks",
@@ -102,6 +106,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "ApiQ": ("memwise.train.policies.apiq", "torch"),
     "CoatActivations": ("memwise.train.policies.coat_activations", "torch"),
     "CoatStates": ("memwise.train.policies.coat_states", "torch"),
+    "CompAct": ("memwise.train.policies.compact", "torch"),
     "FewBitBackward": ("memwise.train.policies.few_bit_backward", "torch"),
     "GaLore": ("memwise.train.policies.galore", "torch"),
     "Keep": ("memwise.train.policies.keep", "torch"),
@@ -111,6 +116,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "LoRA": ("memwise.train.policies.lora", "torch"),
     "LoRS": ("memwise.train.policies.lors", "torch"),
     "MemoSwap": ("memwise.train.policies.memo_swap", "torch"),
+    "NeuZip": ("memwise.train.policies.neuzip", "torch"),
     "Offload": ("memwise.train.policies.offload", "torch"),
     "OnlineSubspaceDescent": ("memwise.train.policies.online_subspace_descent", "torch"),
     "PlainBlocks": ("memwise.train.policies.plain_blocks", "torch"),

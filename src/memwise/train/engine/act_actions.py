@@ -243,11 +243,11 @@ class Sketch(Swap):
                 return run(x)
             save = SketchSave(self.ratio, self.kind, hooks.next_seed())
             bias: Any = module.bias
-            x, rest, off = _autocast(x, weight.t() if turned else weight, bias)
+            x, rest, off = autocast(x, weight.t() if turned else weight, bias)
             if spot is not None:
                 hooks.would_keep(x, spot)
             with off:
-                return Linear.apply(x, *rest, save, hooks)
+                return Linear.apply(x, *rest, rest[0], save, hooks)
 
         return forward
 
@@ -367,7 +367,7 @@ def _conv(module: Any, run: Run, spot: Spot | None, hooks: Hooks) -> Run:
             tuple(module.stride), tuple(padding), tuple(module.dilation), transposed, tuple(extra),
             module.groups,
         )  # fmt: skip
-        x, rest, off = _autocast(x, module.weight, module.bias)
+        x, rest, off = autocast(x, module.weight, module.bias)
         if spot is not None:
             hooks.would_keep(x, spot)
         with off:
@@ -420,7 +420,7 @@ _DROPS: tuple[tuple[Any, Callable[..., Run]], ...] = (
 )
 
 
-def _autocast(
+def autocast(
     x: Tensor, *rest: Tensor | None
 ) -> tuple[Tensor, list[Tensor | None], AbstractContextManager[Any]]:
     """The tensors in the type that autocast would give them, and what keeps it from casting."""

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -324,9 +324,9 @@ class Hooks:
         assert saved.form is not None
         return saved.form.tensor().view(saved.shape)
 
-    def of(self, x: Tensor, make: Callable[[], tuple[Tensor, ...]]) -> Payload:
+    def of(self, x: Tensor, name: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> Payload:
         """What was made of this tensor for another operation, or what is made of it now."""
-        key = self._same(x)
+        key = (*self._same(x), name)
         found = self._payloads.get(key) if self._is_current(key) else None
         if found is None:
             found = self._payloads[key] = Payload(make())

@@ -9,25 +9,22 @@ Shapes: N tokens (all axes but the last), I inputs, O outputs, K rows of a sketc
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from memwise.codec.project import KINDS, Drawn
 from memwise.codec.th_pack import pack, unpack
 from memwise.errors import InvalidKnob
 from memwise.train.engine.act_tables import Steps
 
-SKETCHES = ("gaussian", "rademacher", "rows")
-
 _BLOCK_CPU, _BLOCK = 1 << 15, 1 << 22  # numbers at once: in the cache, or in few kernel calls
-_SKETCHED = 1 << 18  # numbers of a random matrix at once
 
 
 def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,13 +123,20 @@ def _blocks(n: int, device: torch.device) -> Iterator[slice]:
 
 
 class LinearSave(Protocol):
-    """What a linear layer keeps of its input x (N, I) for the gradient of its weight."""
+    """What a linear layer keeps of its input x (N, I) for the gradient of its weight.
+
+    Attributes:
+        shares: layers that take the same input and have this in common keep one thing together.
+    """
+
+    @property
+    def shares(self) -> Hashable: ...  # noqa: D102
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
         """What is kept."""
 
     def grad_weight(self, kept: Sequence[Tensor], gy: Tensor) -> Tensor:
-        """The gradient (O, I) of the weight, for gy (N, O)."""
+        """The gradient of the weight (O, I), or of its coordinates (O, r), for gy (N, O)."""
 
 
 @dataclass(frozen=True)
@@ -151,50 +155,66 @@ class SketchSave:
     ratio: float
     kind: str
     seed: int
+    shares: ClassVar[str] = "sketch"
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
         """The sketch (K, I) and its seed."""
         k = max(1, round(self.ratio * len(x)))
-        return self._sketched(x, k, self.seed), torch.tensor(self.seed)
+        return Drawn(len(x), k, self.seed, self.kind).down(x), torch.tensor(self.seed)
 
     def grad_weight(self, kept: Sequence[Tensor], gy: Tensor) -> Tensor:
         """(S^T gy)^T (S^T x), whose mean over draws is gy^T x."""
         sketch, seed = kept
-        return self._sketched(gy, len(sketch), int(seed)).t() @ sketch
+        return Drawn(len(gy), len(sketch), int(seed), self.kind).down(gy).t() @ sketch
 
-    def _sketched(self, x: Tensor, k: int, seed: int) -> Tensor:
-        """S^T x for x (N, any)."""
-        draws = torch.Generator(x.device).manual_seed(seed)
-        n = len(x)
-        if self.kind == "rows":
-            rows = torch.randperm(n, generator=draws, device=x.device)[:k]
-            return x[rows] * math.sqrt(n / k)
-        wide = _wide(x[:0]).dtype
-        out = x.new_zeros((k, x.shape[1]), dtype=wide)
-        step = max(1, _SKETCHED // k)
-        for start in range(0, n, step):
-            part = x[start : start + step]
-            block = torch.empty((len(part), k), dtype=torch.float32, device=x.device)
-            if self.kind == "gaussian":
-                block.normal_(generator=draws)
-            else:
-                block.random_(0, 2, generator=draws).mul_(2).sub_(1)
-            out.addmm_(block.to(wide).t(), part.to(wide))
-        return out.div_(math.sqrt(k)).to(x.dtype)
+
+@dataclass(frozen=True)
+class ProjectSave:
+    """Keeps x P (N, r), which makes the gradient of W's coordinates C (O, r), W = ... + C P^T.
+
+    An input that another operation keeps anyhow is not projected before the backward pass.
+
+    Attributes:
+        projection: P (I, r).
+        late: whether to keep the input itself.
+    """
+
+    projection: Drawn
+    late: bool = False
+
+    @property
+    def shares(self) -> Hashable:
+        """The same projection of the same input, at the same time."""
+        return self
+
+    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The projected input (N, r)."""
+        return (x if self.late else self.projection.across(x),)
+
+    def grad_weight(self, kept: Sequence[Tensor], gy: Tensor) -> Tensor:
+        """Gy^T (x P), (O, r)."""
+        (x,) = kept
+        return gy.t() @ (self.projection.across(x) if self.late else x)
 
 
 class Linear(Function):
-    """y = x w^T + b, exact; so is the gradient of x. The weight's is made by a `LinearSave`."""
+    """y = x w^T + b, exact; so is the gradient of x. The weight's is made by a `LinearSave`.
+
+    It goes to `target`: the weight itself, or another leaf that stands for it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, save: LinearSave, shared: Shared
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, save: LinearSave,
+        shared: Shared,
+    ) -> Tensor:  # fmt: skip
         """What `F.linear` gives."""
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        needs_x, _, _, needs_weight, *_ = ctx.needs_input_grad
         kept: tuple[Tensor, ...] = ()
         if needs_weight:
-            ctx.shared = shared.of(x, lambda: save.pack(x.detach().reshape(-1, x.shape[-1])))
+            ctx.shared = shared.of(
+                x, save.shares, lambda: save.pack(x.detach().reshape(-1, x.shape[-1]))
+            )
             kept = ctx.shared.tensors
         ctx.save, ctx.needs_x = save, needs_x
         ctx.save_for_backward(*kept, *([weight] if needs_x else []))
@@ -203,16 +223,16 @@ class Linear(Function):
     @staticmethod
     @_first_order
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of x, weight and bias."""
+        """The gradients of x, bias and target."""
         saved = list(ctx.saved_tensors)
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_x, _, needs_bias, needs_weight, *_ = ctx.needs_input_grad
         flat = gy.reshape(-1, gy.shape[-1])
         gx = (flat @ saved.pop()).view(*gy.shape[:-1], -1) if needs_x else None
         gw = None
         if needs_weight:
             gw = ctx.save.grad_weight(saved, flat)
             ctx.shared = None
-        return gx, gw, flat.sum(0) if needs_bias else None, None, None
+        return gx, None, flat.sum(0) if needs_bias else None, gw, None, None
 
 
 @dataclass(eq=False)
@@ -225,8 +245,8 @@ class Payload:
 class Shared(Protocol):
     """Finds what was already made of a tensor, so that q, k and v keep one thing together."""
 
-    def of(self, x: Tensor, make: Callable[[], tuple[Tensor, ...]]) -> Payload:
-        """What `make` makes of x, or has made of it."""
+    def of(self, x: Tensor, name: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> Payload:
+        """What `make` makes of x, or has made of it under this name."""
 
 
 def check_sketch(ratio: float, kind: str) -> None:
@@ -237,8 +257,8 @@ def check_sketch(ratio: float, kind: str) -> None:
     """
     if not 0 < ratio <= 1:
         raise InvalidKnob(f"ratio={ratio!r}: a sketch keeps a share in (0, 1] of the tokens")
-    if kind not in SKETCHES:
-        raise InvalidKnob(f"sketch={kind!r}: use one of {', '.join(SKETCHES)}")
+    if kind not in KINDS:
+        raise InvalidKnob(f"sketch={kind!r}: use one of {', '.join(KINDS)}")
 
 
 # --- convolutions and norms: the input only where a gradient needs it

@@ -15,13 +15,13 @@ from typing import Any, TypeAlias
 
 import torch
 
+from memwise.codec import project
 from memwise.codec.spec import parse
 from memwise.codec.th import Codec, Packed
 
 Tensor: TypeAlias = torch.Tensor
 
 ROWS = 1 << 16  # coordinates of a weight that are moved at once
-OVERSAMPLE = 8
 _BASIS = "basis"
 
 
@@ -112,22 +112,10 @@ class Refitted(Subspace):
             self.keep(leading(grad, self.rank, draws), state)
 
 
-def leading(grad: Tensor, rank: int, draws: torch.Generator, n_rounds: int = 2) -> Tensor:
-    """Orthonormal basis (min(n, d), rank) of the leading singular vectors on the short side.
-
-    A randomized range finder with power iterations (Halko et al. 2011, arXiv 0909.4061, algorithm
-    4.4): a full SVD costs more time and allocates where no counter of torch sees it.
-    """
-    short = (grad if _is_wide(grad) else grad.T).float()  # (m, k), m <= k
-    m, k = short.shape
-    n_probes = min(m, rank + OVERSAMPLE)
-    probes = torch.randn(k, n_probes, generator=draws, device=grad.device)
-    basis, _ = torch.linalg.qr(short @ probes)
-    for _ in range(n_rounds):
-        basis, _ = torch.linalg.qr(short @ (short.T @ basis))
-    values, vectors = torch.linalg.eigh((low := basis.T @ short) @ low.T)
-    order = values.argsort(descending=True)[:rank]
-    return basis @ vectors[:, order]
+def leading(grad: Tensor, rank: int, draws: torch.Generator) -> Tensor:
+    """Orthonormal basis (min(n, d), rank) of the leading singular vectors on the short side."""
+    short = grad if _is_wide(grad) else grad.T
+    return project.leading(short.float(), rank, draws)
 
 
 def overlap(old: Tensor, new: Tensor) -> float:
