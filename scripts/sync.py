@@ -48,6 +48,10 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "memwise.recall.memory": ("Memory",),
         "memwise.recall.engine.records": ("Context", "Hit", "Receipt"),
     },
+    "context": {
+        "memwise.context.engine.host": ("bounded", "bytes_for"),
+        "memwise.context.engine.plan": ("ByLayer", "Uniform"),
+    },
     "train": {
         "memwise.train.engine.activations": ("compress_activations",),
         "memwise.train.engine.peft": ("from_peft", "load_peft", "save_peft"),
@@ -55,7 +59,10 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "memwise.train.tune": ("Settings", "tune"),
     },
 }
-NEEDS = {"train": ("torch",)}  # extras without which nothing of a room can be loaded
+NEEDS = {
+    "context": ("torch",),
+    "train": ("torch",),
+}  # extras without which nothing of a room can be loaded
 
 GENERATED = "<!-- Written by `make sync`; edits here are lost. -->"
 

@@ -1,0 +1,138 @@
+"""What a policy sees of one layer: its slots, and what has just come. Costly things are lazy.
+
+Shapes: B batch, H key-value heads, G queries' heads of each, n slots in use, q tokens of the last
+forward pass, w queries that are kept, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from memwise.context.engine.attention import probabilities
+from memwise.context.engine.store import EMPTY
+
+if TYPE_CHECKING:
+    from memwise.context.engine.cache import Forward, SlotLayer
+
+Tensor: TypeAlias = torch.Tensor
+
+
+class Step:
+    """One layer at one moment.
+
+    Attributes:
+        layer: which layer of the model, from 0.
+        depth: where it lies, from 0 at the first to 1 at the last layer.
+        n_slots: how many slots will stay if some have to go.
+        turn: number of the turn of a dialogue, from 0; `new_turn` where it has just begun.
+    """
+
+    def __init__(self, layer: SlotLayer, forward: Forward, n_probe: int = 0) -> None:
+        self._layer, self._forward, self._n_probe = layer, forward, n_probe
+        self.layer, self.n_slots = layer.index, layer.n_slots
+        self.depth = layer.index / max(1, len(forward.cache.layers) - 1)
+        self.turn, self.new_turn = forward.cache.turn, forward.new_turn
+
+    @property
+    def n(self) -> int:
+        """Slots in use; a probe's own do not count."""
+        return self._layer.slots.n - self._n_probe
+
+    @property
+    def n_new(self) -> int:
+        """Tokens of the last forward pass, the last of the slots."""
+        return min(self._forward.ids.shape[1], self.n)
+
+    def __getitem__(self, column: str) -> Tensor:
+        """A column (B, H, n), which may be written to."""
+        return self._layer.slots.columns[column][:, :, : self.n]
+
+    @property
+    def pos(self) -> Tensor:
+        """Positions of the slots' tokens in the text (B, H, n), int32; -1 holds no token."""
+        return self._layer.slots.pos[:, :, : self.n]
+
+    @property
+    def place(self) -> Tensor:
+        """Positions to which keys are turned (B, H, n), int32."""
+        return self._layer.slots.place[:, :, : self.n]
+
+    @property
+    def keys(self) -> Tensor:
+        """As they are held (B, H, n, D): bare where the policy says so, else turned."""
+        return self._layer.slots.keys[:, :, : self.n]
+
+    @property
+    def values(self) -> Tensor:
+        """(B, H, n, Dv)."""
+        return self._layer.slots.values[:, :, : self.n]
+
+    @property
+    def ids(self) -> Tensor:
+        """Tokens of the last forward pass (B, q)."""
+        return self._forward.ids
+
+    @property
+    def hidden(self) -> Tensor:
+        """What the decoder made of them (B, q, width of the model)."""
+        return self._forward.hidden
+
+    @property
+    def surprisal(self) -> Tensor:
+        """How little the model expected them (B, q), in nats, float32."""
+        return self._forward.surprisal
+
+    @cached_property
+    def received(self) -> Tensor:
+        """Attention that slots get of the kept queries or the probe, summed over them (B, H, n)."""
+        total = torch.zeros_like(self.pos, dtype=torch.float32)
+        for probs in self.attention():
+            total += probs.mean(2).sum(2)
+        return total
+
+    @cached_property
+    def received_now(self) -> Tensor:
+        """The same of the last forward pass's queries alone (B, H, n)."""
+        total = torch.zeros_like(self.pos, dtype=torch.float32)
+        for probs in self.attention(only_new=True):
+            total += probs.mean(2).sum(2)
+        return total
+
+    @cached_property
+    def strongest(self) -> Tensor:
+        """Most attention that slots get of any kept query or the probe's, in any head (B, H, n)."""
+        most = torch.zeros_like(self.pos, dtype=torch.float32)
+        for probs in self.attention():
+            torch.maximum(most, probs.amax((2, 3)).float(), out=most)
+        return most
+
+    def attention(self, only_new: bool = False) -> Iterator[Tensor]:
+        """Probabilities (B, H, G, r, n) of the kept queries or the probe, some rows at a time.
+
+        Args:
+            only_new: leave out queries of earlier forward passes.
+        """
+        layer = self._layer
+        query, at = layer.queries()
+        if only_new:
+            at = at.masked_fill(at < self._forward.positions[:, :1], EMPTY)
+        keys, _ = layer.held()
+        pos = layer.slots.pos[:, :, : layer.slots.n]
+        for probs in probabilities(query, at, keys, pos, layer.scale):
+            yield probs[..., : self.n]
+
+    def after_probe(self) -> Step:
+        """The same layer once a probe is forgotten."""
+        return Step(self._layer, self._forward)
+
+    def at_random(self, seed: int) -> Tensor:
+        """Numbers in [0, 1) (B, H, n) that follow from layer, head, position and seed alone."""
+        heads = torch.arange(self.pos.shape[1], device=self.pos.device)[None, :, None]
+        x = self.pos.long() + (heads << 32) + (self.layer << 44) + (seed << 52)
+        for shift in (33, 29, 32):
+            x = (x ^ (x >> shift)) * 0x2545F4914F6CDD1D
+        return (x >> 40 & 0xFFFFFF).float() / (1 << 24)
