@@ -279,9 +279,10 @@ class BudgetedCache(Cache):
                 self.policy.observe(Step(layer, forward))
         if self.policy.needs_text:
             self.last_hidden = hidden[:, -1:].clone()
+        if self.n_seen == 0:
+            self.measure()  # nothing is allocated later
         self.n_seen += forward.ids.shape[1]
         self._last = forward.done()
-        self.measure()
 
     def choose(self, probed: Forward | None) -> None:
         """Let go of slots until as many are left as the plan says.
@@ -297,7 +298,6 @@ class BudgetedCache(Cache):
                 self._choose(layer, Step(layer, forward, n_probe), n_probe)
             else:
                 layer.slots.drop_last(n_probe)
-        self.measure()
 
     def _choose(self, layer: SlotLayer, step: Step, n_probe: int) -> None:
         kept = None
