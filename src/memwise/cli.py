@@ -246,6 +246,9 @@ def bench(
         Path | None,
         typer.Option(help="Folder for the rows and the plot.", metavar="DIR"),
     ] = None,
+    items: Annotated[
+        int | None, typer.Option(help="Texts of each set.", show_default="what the room wants")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a room side by side: quality, bytes and seconds of every method."""
@@ -253,11 +256,43 @@ def bench(
 
     if not as_json:
         cli_print.note(f"running {room} side by side ...")
-    comparison = engine.bench(room, data=data, out=out)
+    comparison = engine.bench(room, data=data, out=out, n_items=items)
     if as_json:
         _print_json(comparison.json())
     else:
         print(comparison.text())
+
+
+@app.command("run")
+def run_(
+    model: Annotated[
+        str, typer.Argument(help="gemma (Gemma Terms of Use), or a Hugging Face folder.")
+    ],
+    file: Annotated[Path, typer.Argument(help="Text to read, or - for standard input.")] = Path(
+        "-"
+    ),
+    budget: Annotated[
+        str, typer.Option(help="Bytes of the KV cache at any moment.", metavar="SIZE")
+    ] = "64MiB",
+    question: Annotated[
+        str, typer.Option(help="What comes after the text; it decides what is kept.")
+    ] = "",
+    tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="Cache policy.", show_default="by whether there is a question"),
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="Tokens that are read at once.")] = 128,
+    codec: Annotated[
+        str | None, typer.Option(help="Of keys and values, e.g. int8/row.", show_default="none")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read a long text inside a byte budget, and let the model write on."""
+    catalogue.need("torch", what="memwise run")
+    from memwise import cli_run
+
+    cli_run.run(model, file, budget, question, policy, tokens, chunk, codec, as_json)
 
 
 @app.command()

@@ -9,6 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from memwise.catalogue import cards, load  # noqa: E402
+
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": None,
@@ -42,6 +44,12 @@ def _loud(model: Any) -> Any:
 
 
 MODELS = {"llama": llama, "gemma": gemma}
+
+
+def methods_of(kind: type) -> list[str]:
+    """Names of the room's methods whose knob object is of a kind."""
+    made = {entry.name: load(entry.key) for entry in cards() if entry.room == "context"}
+    return [name for name, cls in made.items() if isinstance(cls, type) and issubclass(cls, kind)]
 
 
 @pytest.fixture(params=sorted(MODELS))

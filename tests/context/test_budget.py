@@ -8,17 +8,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.context.conftest import gemma, tokens  # noqa: E402
+from tests.context.conftest import gemma, methods_of, tokens  # noqa: E402
 
-from memwise.catalogue import cards, load  # noqa: E402
+from memwise.catalogue import load  # noqa: E402
 from memwise.context.engine.host import bounded, bytes_for  # noqa: E402
+from memwise.context.engine.policy import CachePolicy  # noqa: E402
 from memwise.train.measure import bytes_of, peak  # noqa: E402
 
 N_SLOTS, CHUNK = 192, 16
-POLICIES = [entry.name for entry in cards() if entry.room == "context"]
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", methods_of(CachePolicy))
 def test_a_long_text_never_takes_more_than_the_budget(name: str) -> None:
     """The peak of a long text in chunks, less that of one chunk's own activations."""
     model, policy = gemma(), load(f"context/{name}")()

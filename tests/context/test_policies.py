@@ -9,16 +9,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.context.conftest import gemma, llama, tokens  # noqa: E402
+from tests.context.conftest import gemma, llama, methods_of, tokens  # noqa: E402
 
-from memwise.catalogue import cards, load  # noqa: E402
+from memwise.catalogue import load  # noqa: E402
 from memwise.context.engine.host import bounded, bytes_for  # noqa: E402
 from memwise.context.engine.policy import CachePolicy, pin, smooth  # noqa: E402
 from memwise.context.engine.step import Step  # noqa: E402
 from memwise.errors import InvalidKnob  # noqa: E402
 
-POLICIES = [entry.name for entry in cards() if entry.room == "context"]
-each_policy = pytest.mark.parametrize("name", POLICIES)
+each_policy = pytest.mark.parametrize("name", methods_of(CachePolicy))
 
 
 def run(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -194,6 +195,18 @@ class Comparison:
         return "\n".join(lines)
 
 
+def in_rounds(
+    metric: str, values: Sequence[float] | NDArray[np.float64], baseline: float = 1.0
+) -> Row:
+    """The median of what some rounds measured, beside a plain number."""
+    found = np.asarray(values, float)
+    ends = float(found.min()) - baseline, float(found.max()) - baseline
+    return Row(
+        metric, float(np.median(found)), baseline, ends, len(found), primary=False,
+        note="the interval holds all rounds",
+    )  # fmt: skip
+
+
 def paired_interval(
     method: NDArray[Any],
     baseline: NDArray[Any],
@@ -291,23 +304,31 @@ def check(name: str, data: Path | None = None, seed: int = 0, record: bool = Fal
     return report
 
 
-def bench(room: str, data: Path | None = None, out: Path | None = None) -> Comparison:
+def bench(
+    room: str, data: Path | None = None, out: Path | None = None, n_items: int | None = None
+) -> Comparison:
     """Run a room side by side.
 
     Args:
         room: one that has `bench/<room>.py` with `run(data) -> {method: rows}`.
         data: folder with the data sets.
         out: folder that receives `<room>.jsonl` and `<room>.png`; None writes nothing.
+        n_items: texts of each set, in rooms that count them; None = as many as the room wants.
 
     Raises:
-        InvalidKnob: the room has no side-by-side.
+        InvalidKnob: the room has no side-by-side, or counts no items.
         MissingExtra: there is something to draw and no matplotlib.
     """
     rooms = [folder.parent.name for folder in catalogue.PACKAGE.glob("*/policies")]
     able = sorted(r for r in rooms if importlib.util.find_spec(f"memwise.bench.{r}"))
     if room not in able:
         raise InvalidKnob(f"no side-by-side for room {room!r}; there is one for {able}")
-    found = Comparison(room, importlib.import_module(f"memwise.bench.{room}").run(data))
+    run = importlib.import_module(f"memwise.bench.{room}").run
+    if n_items is not None and "n_items" not in inspect.signature(run).parameters:
+        raise InvalidKnob(f"room {room!r} counts no items; leave --items out")
+    if n_items is not None and n_items < 2:
+        raise InvalidKnob(f"items={n_items}: an interval needs 2 at least")
+    found = Comparison(room, run(data) if n_items is None else run(data, n_items))
     if out is not None:
         _replace(out / f"{room}.jsonl", found.json())
         _draw(found, out / f"{room}.png")

@@ -15,8 +15,10 @@ import hashlib
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +183,21 @@ def _remembered(
 
 
 def _code(policy: CachePolicy) -> str:
-    """Hash of the engine's sources and the policy's."""
+    """Hash of the sources: the policy's, and what of the engine a bounded cache is made of."""
     name = type(policy).__module__.rpartition(".")[2]
-    sources = [*sorted((catalogue.PACKAGE / "context" / "engine").glob("*.py")), Path(__file__)]
-    sources.append(catalogue.PACKAGE / "context" / "policies" / f"{name}.py")
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    own = catalogue.PACKAGE / "context" / "policies" / f"{name}.py"
+    return hashlib.sha256(own.read_bytes() + b"".join(_engine())).hexdigest()
+
+
+@cache
+def _engine() -> list[bytes]:
+    folder, todo, found = catalogue.PACKAGE / "context" / "engine", ["host"], {}
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found[name] = (folder / f"{name}.py").read_bytes()
+            todo += re.findall(r"memwise\.context\.engine\.(\w+)", found[name].decode())
+    return [Path(__file__).read_bytes(), *(found[name] for name in sorted(found))]
 
 
 @torch.no_grad()
@@ -195,14 +207,14 @@ def _read(
     question = getattr(item, asked) if known else ()
     slots = n_slots or len(item.context) + 100
     budget = bytes_for(lm.model, policy, slots, chunk=CHUNK, question=question)
-    with bounded(lm.model, policy, budget, chunk=CHUNK, question=question) as cache:
+    with bounded(lm.model, policy, budget, chunk=CHUNK, question=question) as kept:
         text = item.context + (item.ask if known else ())
-        lm.model.get_decoder()(torch.tensor([text]), past_key_values=cache)
-        cache.compress()
-        report = cache.report()
-        left = [len(set(kept) & set(item.needle)) for kept in report.kept.values()]
+        lm.model.get_decoder()(torch.tensor([text]), past_key_values=kept)
+        kept.compress()
+        report = kept.report()
+        left = [len(set(held) & set(item.needle)) for held in report.kept.values()]
         rest = (() if known else item.ask) + item.lead + item.digits
-        out = lm.model(torch.tensor([rest[:-1]]), past_key_values=cache, logits_to_keep=5)
+        out = lm.model(torch.tensor([rest[:-1]]), past_key_values=kept, logits_to_keep=5)
     logp = out.logits[0].float().log_softmax(-1)
     nll = -logp[torch.arange(5), torch.tensor(item.digits)]
     return Reading(

@@ -11,7 +11,6 @@ Where Gemma-3-270M is installed, the last part tunes it inside a quarter of what
 from __future__ import annotations
 
 import importlib.util
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from memwise import catalogue, models
 from memwise.bench.checks.adapters import RATES, Ground, ground
 from memwise.bench.data import books
-from memwise.bench.engine import Row, paired_interval
+from memwise.bench.engine import Row, in_rounds, paired_interval
 from memwise.bench.training import ByteLM, fit
 from memwise.errors import MissingExtra, UnsupportedModel
 from memwise.train.engine.activations import ActivationPolicy, compress_activations
@@ -116,9 +115,9 @@ def _optimizers(at: Ground) -> dict[str, list[Row]]:
         times = _ratios(step, _stepping(made[_REFERENCE], _LR)[0])
         rows[name] = [
             _loss(own, theirs, states, exact),
-            _beside("states / AdamW's", np.array([states / exact])),
-            _beside("extra in a step, MiB", np.array([extra / 2**20]), baseline=0.0),
-            _beside("step / fused", times),
+            in_rounds("states / AdamW's", np.array([states / exact])),
+            in_rounds("extra in a step, MiB", np.array([extra / 2**20]), baseline=0.0),
+            in_rounds("step / fused", times),
         ]
     return _in(_OPTIMIZERS, rows)
 
@@ -193,9 +192,9 @@ def _activations(at: Ground) -> dict[str, list[Row]]:
         error = float((mine - gradient).norm() / gradient.norm())
         rows[name] = [
             _loss(own, theirs, highest, exact),
-            _beside("peak / plain's", np.array([highest / exact])),
-            _beside("gradient error", np.array([error]), baseline=0.0),
-            _beside("passes / plain's", times),
+            in_rounds("peak / plain's", np.array([highest / exact])),
+            in_rounds("gradient error", np.array([error]), baseline=0.0),
+            in_rounds("passes / plain's", times),
         ]
     return _in(_ACTIVATIONS, rows)
 
@@ -291,9 +290,9 @@ def _adapters(at: Ground) -> dict[str, list[Row]]:
         step, held, highest = plain if policy is None else _training(policy, batch)
         rows[name] = [
             _loss(own, theirs, highest, plain[2]),
-            _beside("held / full's", np.array([held / plain[1]])),
-            _beside("highest moment / full's", np.array([highest / plain[2]])),
-            _beside("training step / full's", _ratios(step, plain[0])),
+            in_rounds("held / full's", np.array([held / plain[1]])),
+            in_rounds("highest moment / full's", np.array([highest / plain[2]])),
+            in_rounds("training step / full's", _ratios(step, plain[0])),
         ]
     return _in(_ADAPTERS, rows)
 
@@ -348,13 +347,13 @@ def _stack() -> dict[str, list[Row]]:
     mine, theirs = np.array([report["held-out loss after"]]), np.array([after])
     rows["plain AdamW, plain logits"] = [
         _loss(theirs, theirs, plain, plain),
-        _beside("highest moment / plain's", np.ones(1)),
-        _beside("loss before", np.array([before]), baseline=before),
+        in_rounds("highest moment / plain's", np.ones(1)),
+        in_rounds("loss before", np.array([before]), baseline=before),
     ]
     rows["memwise tune"] = [
         replace(_loss(mine, theirs, highest, plain), note=report["way"]),
-        _beside("highest moment / plain's", np.array([highest / plain])),
-        _beside("loss before", np.array([report["held-out loss before"]]), baseline=before),
+        in_rounds("highest moment / plain's", np.array([highest / plain])),
+        in_rounds("loss before", np.array([report["held-out loss before"]]), baseline=before),
     ]
     return _in(_STACK, rows)
 
@@ -405,15 +404,6 @@ def _loss(mine: Values, theirs: Values, n_bytes: int, baseline_bytes: int) -> Ro
     return Row(
         "nat", float(mine.mean()), float(theirs.mean()), interval, len(mine), bytes=n_bytes,
         baseline_bytes=baseline_bytes,
-    )  # fmt: skip
-
-
-def _beside(metric: str, values: Values, baseline: float = 1.0) -> Row:
-    middle = statistics.median(values.tolist())
-    low, high = float(values.min()) - baseline, float(values.max()) - baseline
-    return Row(
-        metric, middle, baseline, (low, high), len(values), primary=False,
-        note="the interval holds all rounds",
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from memwise.train.policies.online_subspace_descent import OnlineSubspaceDescent
     from memwise.train.policies.peqa import PEQA
     from memwise.train.policies.plain_blocks import PlainBlocks
+    from memwise.train.policies.q_galore import QGaLore
     from memwise.train.policies.qlora import QLoRA
     from memwise.train.policies.quantized_diffusion_personalization import (
         QuantizedDiffusionPersonalization,
@@ -74,6 +75,7 @@ __all__ = [
     "Offload",
     "OnlineSubspaceDescent",
     "PlainBlocks",
+    "QGaLore",
     "QLoRA",
     "QuantizedDiffusionPersonalization",
     "RandLoRA",
@@ -120,6 +122,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "Offload": ("memwise.train.policies.offload", "torch"),
     "OnlineSubspaceDescent": ("memwise.train.policies.online_subspace_descent", "torch"),
     "PlainBlocks": ("memwise.train.policies.plain_blocks", "torch"),
+    "QGaLore": ("memwise.train.policies.q_galore", "torch"),
     "QLoRA": ("memwise.train.policies.qlora", "torch"),
     "QuantizedDiffusionPersonalization": (
         "memwise.train.policies.quantized_diffusion_personalization",

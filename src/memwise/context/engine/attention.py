@@ -8,7 +8,7 @@ Shapes: B batch, Hq query heads, H key-value heads, G = Hq / H, q new tokens, n 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from memwise.context.engine.rotary import Rotary, turn
-from memwise.context.engine.store import EMPTY
+from memwise.context.engine.store import EMPTY, Slots
 from memwise.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -91,6 +91,38 @@ def attend(
     return out.view(n_rows, n_query_heads, n_new, values.shape[-1])
 
 
+def attend_blocks(
+    query: Tensor, blocks: Iterable[tuple[Tensor, Tensor]], mask: Tensor | None, scale: float
+) -> Tensor:
+    """The same over slots that come some at a time: sums are scaled as the greatest logit grows.
+
+    Args:
+        query: (B, Hq, q, D).
+        blocks: keys (B, H, n, D) and values of some slots, one block after another.
+        mask: bool, broadcasts to (B, H, q, n); True is seen. Each row sees something.
+        scale: of the logits.
+    """
+    n_rows, n_query_heads, n_new, _ = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    floor = torch.finfo(wide).min
+    best, total, mixed = (query.new_full((), start, dtype=wide) for start in (floor, 0.0, 0.0))
+    n = 0  # slots before these
+    for keys, values in blocks:
+        logits = products(query, keys).to(wide).mul_(scale)  # (B, H, G, q, n)
+        if mask is not None:
+            seen = mask[..., n : n + keys.shape[2]].unsqueeze(-3)
+            logits.masked_fill_(~seen, -torch.inf)
+        most = logits.amax(-1, keepdim=True).maximum(best)
+        logits = logits.sub_(most).exp_()
+        fade = (best - most).exp()
+        part = logits.flatten(2, 3).to(values.dtype) @ values
+        mixed = mixed * fade.flatten(2, 3) + part if n else part
+        total = total * fade + logits.sum(-1, keepdim=True)
+        best, n = most, n + keys.shape[2]
+    out = (mixed / total.flatten(2, 3)).to(query.dtype)
+    return out.view(n_rows, n_query_heads, n_new, -1)
+
+
 def causal(n_old: int, n_new: int, device: torch.device) -> Tensor:
     """Who sees whom, (1, 1, q, n): all that is old, and of the new what came before and self."""
     new = torch.ones(n_new, n_old + n_new, dtype=torch.bool, device=device).tril_(n_old)
@@ -103,6 +135,10 @@ def within(n_old: int, n_new: int, window: int, device: torch.device) -> Tensor:
     return new.tril_(n_old).triu_(n_old - window + 1)[None, None]
 
 
+Where: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Which pairs, from positions (B, 1, r, 1) of queries and (B, H, 1, n) of slots; (B, H, r, n)."""
+
+
 @dataclass(frozen=True)
 class Branch:
     """Some pairs of a query and a slot whose distance is not what their places say.
@@ -110,32 +146,34 @@ class Branch:
     Attributes:
         query_at: (B, q), positions to which queries are turned.
         key_at: (B, H, n), positions to which keys are turned.
-        where: (B, H, q, n) or what broadcasts to it; the pairs. A later branch wins.
+        where: the pairs. A later branch wins, and what is in none is not seen.
     """
 
     query_at: Tensor
     key_at: Tensor
-    where: Tensor
+    where: Where
 
 
 def attend_branches(
-    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, branches: Sequence[Branch],
+    query: Tensor, query_at: Tensor, slots: Slots, seen: Tensor, branches: Sequence[Branch],
     rotary: Rotary, layer_type: str, scale: float,
 ) -> Tensor:  # fmt: skip
     """Softmax over logits whose distances differ by pair (B, Hq, q, D), a few query rows at once.
 
     Args:
         query: (B, Hq, q, D), bare of positions.
-        keys: (B, H, n, D), bare.
-        values: (B, H, n, Dv).
+        query_at: (B, q), their positions.
+        slots: with keys that are bare.
         seen: broadcasts to (B, H, q, n).
-        branches: which distances; all pairs that are seen belong to one of them.
+        branches: which distances.
         rotary: of the model.
         layer_type: of the layer.
         scale: of the logits.
     """
+    keys, values = slots.keys.read(0, slots.n), slots.values.read(0, slots.n)
+    at = slots.place[:, :, None, : slots.n]
     turned = [(placed(keys, b.key_at, rotary, layer_type), b) for b in branches]
-    outs = []
+    out = torch.empty(*query.shape[:3], values.shape[-1], dtype=query.dtype, device=query.device)
     for first in range(0, query.shape[2], _ROWS):
         rows = slice(first, first + _ROWS)
         logits = keys.new_full((), -torch.inf)
@@ -143,13 +181,13 @@ def attend_branches(
             cos, sin = rotary.table(branch.query_at[:, rows], layer_type, query)
             own = turn(query[:, :, rows], cos[:, None], sin[:, None])
             pairs = products(own, there).mul_(scale)  # (B, H, G, r, n)
-            where = branch.where[..., rows, :] if branch.where.shape[-2] > 1 else branch.where
+            where = branch.where(query_at[:, None, rows, None].int(), at)
             logits = torch.where(where.unsqueeze(-3), pairs, logits)
         mask = seen[..., rows, :] if seen.shape[-2] > 1 else seen
         logits = logits.masked_fill(~mask.unsqueeze(-3), -torch.inf)
         mixed = logits.softmax(-1).flatten(2, 3) @ values
-        outs.append(mixed.view(*query.shape[:2], -1, values.shape[-1]))
-    return torch.cat(outs, 2)
+        out[:, :, rows] = mixed.view(*query.shape[:2], -1, values.shape[-1])
+    return out
 
 
 def probabilities(

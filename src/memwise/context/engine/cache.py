@@ -319,7 +319,7 @@ class BudgetedCache(Cache):
         kinds: dict[str, int] = {}
         for layer in self.bounded_layers:
             for name, tensor in layer.tensors().items():
-                what = "keys and values" if name in ("keys", "values") else "notes"
+                what = "keys and values" if name.startswith(("keys", "values")) else "notes"
                 line = f"{layer.name}: {what}"
                 kinds[line] = kinds.get(line, 0) + tensor.untyped_storage().nbytes()
         kinds["last hidden state"] = self.last_hidden.untyped_storage().nbytes()

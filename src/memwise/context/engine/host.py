@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from memwise.budget import Budget, BudgetLike
+from memwise.codec.spec import Spec, parse
 from memwise.context.engine.attention import NAME
 from memwise.context.engine.cache import BudgetedCache, Forward
 from memwise.context.engine.plan import FULL, SLIDING, Allocator, Shape, Uniform, budget_for
@@ -35,7 +37,7 @@ _ANY = (1, 1, 1, 1)  # a mask of this rank is handed through untouched, and ours
 @contextmanager
 def bounded(
     model: nn.Module, policy: CachePolicy, budget: BudgetLike, *, chunk: int = CHUNK,
-    question: Sequence[int] = (), allocator: Allocator | None = None,
+    question: Sequence[int] = (), allocator: Allocator | None = None, codec: str | None = None,
 ) -> Iterator[BudgetedCache]:  # fmt: skip
     """Run a Hugging Face model with a KV cache of so many bytes and no more, at any moment.
 
@@ -47,6 +49,8 @@ def bounded(
         question: tokens that will be asked for. The text is then compressed in their light, by
             policies that look at attention.
         allocator: how slots are shared among layers; all have the same number if not given.
+        codec: that keys and values are held in once they are a chunk old, for example
+            `int8/group64` or `int4/group32`; a budget then holds more slots.
 
     Yields:
         The cache, for `model.generate(..., past_key_values=cache)` or `model(...)`.
@@ -56,7 +60,7 @@ def bounded(
         BudgetExceeded: not even the least that the policy needs fits.
         InvalidKnob: a chunk below 1.
     """
-    host = Host(model)
+    host = Host(model, codec)
     probe = host.probe(policy, question)
     cache = host.cache(policy, Budget(budget), chunk, probe, allocator or Uniform())
     with host.installed():
@@ -65,7 +69,7 @@ def bounded(
 
 def bytes_for(
     model: nn.Module, policy: CachePolicy, n_slots: int, *, chunk: int = CHUNK, batch: int = 1,
-    question: Sequence[int] = (),
+    question: Sequence[int] = (), codec: str | None = None,
 ) -> Budget:  # fmt: skip
     """The budget that keeps so many slots in each full-attention layer of a model.
 
@@ -76,8 +80,9 @@ def bytes_for(
         chunk: as for `bounded`.
         batch: rows at once.
         question: as for `bounded`.
+        codec: as for `bounded`.
     """
-    host = Host(model)
+    host = Host(model, codec)
     n_probe = len(host.probe(policy, question))
     return budget_for(host.shape, policy, n_slots, chunk, n_probe, batch)
 
@@ -87,14 +92,17 @@ class Host:
 
     Args:
         model: as for `bounded`.
+        codec: of keys and values.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, codec: str | None = None) -> None:
         # Of transformers' own making: what torch knows of a module says too little.
         self.model: Any = model
         self.decoder: Any = _decoder(model)
         self.rotary = Rotary(self.decoder)
-        self.shape = _shape(self.decoder)
+        self.shape = replace(_shape(self.decoder), codec=codec)
+        if codec is not None:
+            _check_codec(parse(codec), self.shape.width)
         self._forward: Callable[..., Any] = self.decoder.forward
 
     @property
@@ -123,6 +131,12 @@ class Host:
             raise InvalidKnob(f"chunk={chunk}: at least one token has to go through the model")
         if policy.raw_keys:
             self.rotary.check(FULL, self.shape.width)
+        merges = policy.raw_keys or type(policy).merge is not CachePolicy.merge
+        if self.shape.codec and merges:
+            raise InvalidKnob(
+                f"{type(policy).__name__} merges or moves keys, which codec={self.shape.codec!r} "
+                "would round again each time: leave codec= out"
+            )
         if policy.needs_text and self.model.get_output_embeddings() is None:
             raise UnsupportedModel(
                 f"{type(policy).__name__} asks how likely tokens are; {type(self.model).__name__} "
@@ -168,6 +182,7 @@ class Host:
         if position_ids is None:
             position_ids = cache.n_seen + torch.arange(n_tokens, device=input_ids.device)[None]
         positions = position_ids.expand(batch, -1)
+        self._check_length(cache, n_tokens)
         slots_at = _without_padding(positions, attention_mask, cache.n_seen)
         new_turn = cache.begins_turn(n_tokens)
         outs = []
@@ -181,6 +196,15 @@ class Host:
             cache.end(part, out.last_hidden_state)
             outs.append(out)
         return _joined(outs)
+
+    def _check_length(self, cache: BudgetedCache, n_tokens: int) -> None:
+        most = getattr(self.decoder.config, "max_position_embeddings", None)
+        if most and cache.n_seen + n_tokens > most and not cache.policy.any_length:
+            raise InvalidKnob(
+                f"{cache.n_seen + n_tokens} tokens, and {type(self.model).__name__} was made for "
+                f"{most}: shorten the text, or choose a policy that reaches further, such as "
+                "LMInfinite"
+            )
 
     @torch.no_grad()
     def choose(self, cache: BudgetedCache) -> None:
@@ -247,6 +271,23 @@ def _shape(decoder: nn.Module) -> Shape:
         window=int(window or 0),
         itemsize=next(decoder.parameters()).dtype.itemsize,
     )
+
+
+def _check_codec(spec: Spec, width: int) -> None:
+    """Refuse codecs that cannot write one vector alone.
+
+    Raises:
+        InvalidKnob: it needs more than the vector.
+    """
+    alone = spec.scale.kind in ("none", "row", "group")
+    fits = width % max(spec.scale.group, 1) == 0 and width * spec.grid.bits % 8 == 0
+    plain = spec.packing.kind in ("dense", "byte") and spec.rounding.kind == "nearest"
+    if not (alone and fits and plain):
+        raise InvalidKnob(
+            f"codec {spec.name!r} cannot hold vectors of {width} numbers one by one: name one with "
+            f"factors by row or by groups that divide {width}, dense and rounded to nearest, such "
+            "as int8/row or int4/group32"
+        )
 
 
 def _without_padding(positions: Tensor, mask: Any, n_seen: int) -> Tensor:

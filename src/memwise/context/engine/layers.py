@@ -14,7 +14,7 @@ from memwise.context.engine import attention
 from memwise.context.engine.plan import FULL
 from memwise.context.engine.policy import CachePolicy
 from memwise.context.engine.rotary import turn_back
-from memwise.context.engine.store import EMPTY, Slots
+from memwise.context.engine.store import EMPTY, Coded, Slots
 from memwise.errors import MemwiseError
 
 if TYPE_CHECKING:
@@ -40,7 +40,11 @@ class BoundedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Preallocate, for tensors (B, H, q, D) of this kind."""
-        self.slots = self.make(key_states[:, :, 0], value_states[:, :, 0])
+        shape = (*key_states.shape[:2], key_states.shape[-1])
+        self.slots = self.make(
+            key_states.new_empty(shape),
+            value_states.new_empty((*shape[:2], value_states.shape[-1])),
+        )
         self.is_initialized = True
 
     def make(self, keys: Tensor, values: Tensor) -> Slots:
@@ -53,16 +57,19 @@ class BoundedLayer(CacheLayerMixin):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Numbers, and tensors without what is not in use."""
-        n = self.slots.n
-        tensors = {name: tensor[:, :, :n] for name, tensor in self.slots.tensors().items()}
-        return {"n": n, "has_empty": self.slots.has_empty}, tensors
+        slots = self.slots
+        settled = slots.keys.settled if isinstance(slots.keys, Coded) else 0
+        return {"n": slots.n, "settled": settled, "has_empty": slots.has_empty}, slots.used()
 
     def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Be what `state` was taken of."""
         self.lazy_initialization(tensors["keys"], tensors["values"])
         self.slots.n, self.slots.has_empty = numbers["n"], numbers["has_empty"]
-        for name, tensor in self.slots.tensors().items():
-            tensor[:, :, : self.slots.n] = tensors[name]
+        for vectors in (self.slots.keys, self.slots.values):
+            if isinstance(vectors, Coded):
+                vectors.settled = numbers["settled"]
+        for name, tensor in self.slots.used().items():
+            tensor.copy_(tensors[name])
 
     def get_seq_length(self) -> int:
         """Tokens ever seen: positions go on from there, whatever is still held."""
@@ -120,8 +127,11 @@ class SlotLayer(BoundedLayer):
 
     def make(self, keys: Tensor, values: Tensor) -> Slots:
         """With room for a chunk and a probe."""
-        capacity = self.n_slots + self.cache.plan.room
-        return Slots(keys, values, capacity, self.policy.columns, self.policy.raw_keys)
+        room = self.cache.plan.room
+        return Slots(
+            keys, values, self.n_slots + room, self.policy.columns, self.policy.raw_keys,
+            self.cache.shape.codec, room,
+        )  # fmt: skip
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Preallocate slots, and a ring for the newest queries."""
@@ -155,7 +165,7 @@ class SlotLayer(BoundedLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write new tokens behind the slots; gives views of all that is held."""
+        """Write new tokens behind the slots."""
         forward = self._forward()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -164,12 +174,12 @@ class SlotLayer(BoundedLayer):
             keys = turn_back(keys, *forward.angles(FULL, keys))
         self.slots.append(keys, value_states.detach(), forward.slots_at)
         self.slots.has_empty |= forward.has_padding
-        return self.slots.keys[:, :, : self.slots.n], self.slots.values[:, :, : self.slots.n]
+        return key_states, value_states  # our attention looks at the slots themselves
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys, turned, and values (B, H, n, D)."""
         n = self.slots.n
-        keys, values = self.slots.keys[:, :, :n], self.slots.values[:, :, :n]
+        keys, values = self.slots.keys.read(0, n), self.slots.values.read(0, n)
         if self.policy.raw_keys:
             at = self.slots.place[:, :, :n]
             keys = attention.placed(keys, at, self.cache.rotary, FULL)
@@ -185,14 +195,15 @@ class SlotLayer(BoundedLayer):
             forward.positions, self.slots.place[:, :, : self.slots.n], n_old
         )
         if branches is None:
-            keys, values = self.held()
-            return attention.attend(query, keys, values, self._mask(n_old, n_new, forward), scale)
+            mask = self._mask(n_old, n_new, forward)
+            if self.cache.shape.codec:
+                return attention.attend_blocks(query, self.slots.blocks(), mask, scale)
+            return attention.attend(query, *self.held(), mask, scale)
         bare = turn_back(query, *forward.angles(FULL, query))
         seen = self._seen(n_old, n_new, forward)
         return attention.attend_branches(
-            bare, self.slots.keys[:, :, : self.slots.n], self.slots.values[:, :, : self.slots.n],
-            seen, branches, self.cache.rotary, FULL, scale,
-        )  # fmt: skip
+            bare, forward.positions, self.slots, seen, branches, self.cache.rotary, FULL, scale
+        )
 
     def queries(self) -> tuple[Tensor, Tensor]:
         """The newest queries (B, Hq, w, D), turned, and their positions (B, w), in no order."""
@@ -228,7 +239,7 @@ class SlotLayer(BoundedLayer):
         if mass is None:
             return seen
         # A slot into which m tokens were folded is seen as often.
-        bias = mass[:, :, None, : self.slots.n].log().to(self.slots.keys.dtype)
+        bias = mass[:, :, None, : self.slots.n].log().to(self._queries.dtype)
         return bias.masked_fill(~seen, torch.finfo(bias.dtype).min)
 
 
@@ -243,9 +254,9 @@ class WindowLayer(BoundedLayer):
 
     def make(self, keys: Tensor, values: Tensor) -> Slots:
         """The window before the next token, and room for a chunk or a probe."""
-        plan = self.cache.plan
-        capacity = self.cache.shape.window - 1 + max(plan.chunk, plan.probe)
-        return Slots(keys, values, capacity, {})
+        room = max(self.cache.plan.chunk, self.cache.plan.probe)
+        capacity = self.cache.shape.window - 1 + room
+        return Slots(keys, values, capacity, {}, codec=self.cache.shape.codec, room=room)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -259,15 +270,19 @@ class WindowLayer(BoundedLayer):
             self.slots.keep_last(min(self.slots.n, self.cache.shape.window - 1))
         self.slots.append(key_states.detach(), value_states.detach(), forward.slots_at)
         self.slots.has_empty |= forward.has_padding
-        seen = self._visible(n_new)
-        return self.slots.keys[:, :, seen], self.slots.values[:, :, seen]
+        return key_states, value_states
 
     def attend(self, query: Tensor, scale: float, forward: Forward) -> Tensor:
         """Attention of new queries (B, Hq, q, D) on what lies in their windows."""
         n_new = query.shape[2]
         seen = self._visible(n_new)
-        keys, values = self.slots.keys[:, :, seen], self.slots.values[:, :, seen]
-        return attention.attend(query, keys, values, self._mask(seen, n_new, forward), scale)
+        mask = self._mask(seen, n_new, forward)
+        if self.cache.shape.codec:
+            return attention.attend_blocks(query, self.slots.blocks(seen.start), mask, scale)
+        keys, values = (
+            vectors.read(seen.start, seen.stop) for vectors in (self.slots.keys, self.slots.values)
+        )
+        return attention.attend(query, keys, values, mask, scale)
 
     def _visible(self, n_new: int) -> slice:
         return slice(max(0, self.slots.n - self.cache.shape.window + 1 - n_new), self.slots.n)

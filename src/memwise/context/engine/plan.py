@@ -2,8 +2,8 @@
 
 Charged are keys, values, positions and columns of all slots, the window of every sliding layer, the
 queries that are kept, room for a chunk and a probe, the keys and values of a chunk before they are
-written, and the scratch of choosing slots in one layer. Not charged, as they are there with any
-cache: weights, hidden states, logits of the attention that is computed.
+written, the scratch of choosing slots in one layer, and what a codec decodes at once. Not charged,
+as they are there with any cache: weights, hidden states, logits of the attention that is computed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from memwise.budget import Budget, readable
+from memwise.codec.spec import parse
 from memwise.context.engine.attention import _ROWS
 from memwise.context.engine.policy import CachePolicy
-from memwise.context.engine.store import BLOCK
+from memwise.context.engine.store import BLOCK, SEEN
 from memwise.errors import BudgetExceeded, InvalidKnob
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -33,6 +34,7 @@ class Shape:
         width: of a head.
         window: tokens that a sliding layer sees, the newest included.
         itemsize: bytes of a number.
+        codec: that keys and values are held in; None = as they are.
     """
 
     layer_types: tuple[str, ...]
@@ -41,6 +43,7 @@ class Shape:
     width: int
     window: int
     itemsize: int
+    codec: str | None = None
 
     @property
     def full_layers(self) -> tuple[int, ...]:
@@ -51,6 +54,18 @@ class Shape:
     def pair_bytes(self) -> int:
         """Bytes of a token's keys and values in one layer."""
         return self.n_heads * 2 * self.width * self.itemsize
+
+    @property
+    def held_bytes(self) -> int:
+        """The same as it is held for long."""
+        if self.codec is None:
+            return self.pair_bytes
+        return self.n_heads * 2 * parse(self.codec).nbytes((1, self.width))
+
+    def slots_bytes(self, n_slots: int, room: int, n_notes: int) -> int:
+        """Bytes of so many slots of one layer, `room` of them beside those that stay."""
+        newest = room * self.pair_bytes if self.codec else 0
+        return (n_slots + room) * (self.held_bytes + 4 * self.n_heads * n_notes) + newest
 
 
 class Allocator(Protocol):
@@ -161,16 +176,18 @@ def budget_for(
 def _bytes(
     shape: Shape, policy: CachePolicy, slots: dict[int, int], chunk: int, n_probe: int
 ) -> int:
-    n_columns = len(policy.columns) + policy.raw_keys + 1
-    a_slot = shape.pair_bytes + 4 * shape.n_heads * n_columns
+    n_notes = len(policy.columns) + policy.raw_keys + 1
     room = chunk + n_probe
-    held = sum(n + room for n in slots.values()) * a_slot
+    held = sum(shape.slots_bytes(n, room, n_notes) for n in slots.values())
     work = _CHOOSING * shape.n_heads
     if policy.window or n_probe:
         # Logits, their softmax, and where they count.
         work += (2 * max(4, shape.itemsize) + 2) * shape.n_query_heads * _ROWS
-    if policy.raw_keys:
-        work += shape.pair_bytes // 2
+    if policy.raw_keys or shape.codec:
+        work += shape.pair_bytes // 2  # keys, turned or decoded
+    if type(policy).branches is not CachePolicy.branches:
+        # Keys turned a second time, and which pairs of the rows at hand.
+        work += shape.pair_bytes // 2 + _ROWS * (16 * shape.n_heads + 4 * shape.n_query_heads * 4)
     widest = max(slots.values(), default=0) + room
     return held + widest * work + _beside(shape, policy, chunk, n_probe)
 
@@ -178,10 +195,10 @@ def _bytes(
 def _beside(shape: Shape, policy: CachePolicy, chunk: int, n_probe: int) -> int:
     n_full = len(shape.full_layers)
     n_sliding = len(shape.layer_types) - n_full
-    windows = n_sliding * (shape.window - 1 + max(chunk, n_probe))
+    most = max(chunk, n_probe)
+    windows = n_sliding * shape.slots_bytes(shape.window - 1, most, 1) if n_sliding else 0
     n_queries = max(policy.window, n_probe)
     a_query = shape.n_query_heads * shape.width * shape.itemsize + 4
-    incoming = (max(chunk, n_probe) + 2 * BLOCK) * shape.pair_bytes
-    return (
-        windows * (shape.pair_bytes + 4 * shape.n_heads) + n_full * n_queries * a_query + incoming
-    )
+    incoming = (most + 2 * BLOCK) * shape.pair_bytes
+    decoded = 4 * SEEN * shape.pair_bytes if shape.codec else 0
+    return windows + n_full * n_queries * a_query + incoming + decoded

@@ -31,11 +31,13 @@ class CachePolicy:
             a `mass` counts as so many tokens.
         raw_keys: keys are held bare of positions, so that they can be merged and moved.
         needs_text: surprisal is asked for, so hidden states pass through the output layer.
+        any_length: texts may be longer than what the model was made for.
     """
 
     columns: ClassVar[Mapping[str, float]] = {}
     raw_keys: ClassVar[bool] = False
     needs_text: ClassVar[bool] = False
+    any_length: ClassVar[bool] = False
     card: ClassVar[Card]
 
     @property

@@ -63,4 +63,5 @@ def _fingerprint(cache: BudgetedCache, batch: int) -> dict[str, str]:
         "policy": repr(cache.policy),
         "plan": f"slots {list(plan.n_slots.values())}, chunks of {plan.chunk}",
         "probe": str(list(cache.probe)),
+        "codec": str(cache.shape.codec),
     }

@@ -64,12 +64,12 @@ class Step:
     @property
     def keys(self) -> Tensor:
         """As they are held (B, H, n, D): bare where the policy says so, else turned."""
-        return self._layer.slots.keys[:, :, : self.n]
+        return self._layer.slots.keys.read(0, self.n)
 
     @property
     def values(self) -> Tensor:
         """(B, H, n, Dv)."""
-        return self._layer.slots.values[:, :, : self.n]
+        return self._layer.slots.values.read(0, self.n)
 
     @property
     def ids(self) -> Tensor:

@@ -29,6 +29,8 @@ class SlidingWindow(CachePolicy):
         kind="baseline",
     )
 
+    any_length = True
+
     @property
     def floor(self) -> int:
         """One."""

@@ -31,6 +31,7 @@ from memwise.codec.th_rows import Bound, Rows, Scratch
 from memwise.errors import InvalidKnob
 from memwise.train.engine.rules import AdamW, Rule, Surveying, by_rows
 from memwise.train.engine.subspace import Subspace
+from memwise.train.engine.weights import Dense, StoredWeight, Weights, matrix_of, rows_a_block
 
 Tensor: TypeAlias = torch.Tensor
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -169,7 +170,8 @@ class MemOptimizer(torch.optim.Optimizer):
                     f"{type(self.policy).__name__} got a {grad.layout} gradient of {param.dtype}; "
                     "it moves dense floating parameters"
                 )
-            if self.policy.codecs(param.shape) or self.policy.subspace(param.shape):
+            coded = self.policy.codecs(param.shape) or isinstance(param, StoredWeight)
+            if coded or self.policy.subspace(param.shape):
                 sums.append(grad.sum(dtype=torch.float32))
         if sums and not bool(torch.stack(sums).isfinite().all()):
             raise InvalidKnob(
@@ -188,20 +190,23 @@ class MemOptimizer(torch.optim.Optimizer):
             state.update({"step": 0, "seed": place, "codecs": line})
         state["step"] += 1
         draws = _draws(param, state)
-        whole = param.is_contiguous()
-        weight = (param.data if whole else param.data.contiguous()).view(plane(param.shape))
-        grad = grad.reshape(weight.shape)
+        at = plane(param.shape)
+        weight = own = matrix_of(param, at)
+        if weight is None:
+            weight = Dense(param.data.contiguous().view(at))
+        grad = grad.reshape(at)
         if subspace is None:
             rule, n_axes = self.policy.rule, param.ndim
             _Move(weight, grad, rule, names, state, group, draws, scratch, n_axes).run()
         else:
             low = subspace.down(grad, state, draws)
             delta, still = torch.zeros_like(low), {**group, "weight_decay": 0.0}
-            _Move(delta, low, self.policy.rule, names, state, still, draws, scratch).run()
-            subspace.up(delta, weight, state, 1 - group["lr"] * group.get("weight_decay", 0.0))
+            _Move(Dense(delta), low, self.policy.rule, names, state, still, draws, scratch).run()
+            fade = 1 - group["lr"] * group.get("weight_decay", 0.0)
+            subspace.up(delta, weight, state, fade, draws)
             subspace.follow(grad, state, draws)
-        if not whole:
-            param.copy_(weight.view(param.shape))
+        if own is None and isinstance(weight, Dense):
+            param.copy_(weight.matrix.view(param.shape))
 
     def _codecs(self, shape: Sequence[int]) -> Mapping[str, str]:
         """The codecs of the states of a parameter, which are as small as what the rule sees."""
@@ -267,7 +272,7 @@ class _Move:
     """One step of one matrix (n, d)."""
 
     def __init__(
-        self, weight: Tensor, grad: Tensor, rule: Rule, names: Mapping[str, str],
+        self, weight: Weights, grad: Tensor, rule: Rule, names: Mapping[str, str],
         state: dict[str, Any], hyper: Mapping[str, Any], draws: torch.Generator, scratch: Scratch,
         n_axes: int = 2,
     ) -> None:  # fmt: skip
@@ -284,9 +289,10 @@ class _Move:
                 if name not in state:
                     state[name] = torch.zeros((n, d), device=weight.device)
                 self.exact[name] = state[name]
-        self.rows = _rows_a_block((n, d), self.coded.values())
+        groups = [rows.spec.scale.group for rows in self.coded.values()]
+        self.rows = rows_a_block((n, d), [weight.group, *groups], BLOCK)
         self.scratch, self.spare = scratch, len(self.coded)
-        count = len(self.coded) + (weight.dtype != torch.float32)
+        count = len(self.coded) + (not weight.in_place)
         scratch.lay_out(count, self.rows, d, weight.device)
 
     def run(self) -> None:
@@ -300,8 +306,9 @@ class _Move:
                     self.coded.items(), self._bound(target, n_rows).values(), strict=True
                 )
             }
-            for row in range(first, len(self.weight) - n_rows + 1, n_rows):
-                self._block(slice(row, row + n_rows), sources, targets, found)
+            held = self.weight.bind(self.scratch, self.spare, n_rows)
+            for row in range(first, self.weight.shape[0] - n_rows + 1, n_rows):
+                self._block(slice(row, row + n_rows), held, sources, targets, found)
         for name, coded in target.items():
             for part, array in self.coded[name].arrays.items():
                 if array is not coded.arrays[part]:
@@ -314,32 +321,29 @@ class _Move:
         parts = [
             slice(row, row + n_rows)
             for first, n_rows in self._parts()
-            for row in range(first, len(self.weight) - n_rows + 1, n_rows)
+            for row in range(first, self.weight.shape[0] - n_rows + 1, n_rows)
         ]
         return self.rule.survey(
-            self.weight, self.grad, self.n_axes, self.state, self.hyper, self.t, parts
+            self.weight.read, self.grad, self.n_axes, self.state, self.hyper, self.t, parts
         )
 
     def _block(
-        self, rows: slice, sources: Mapping[str, Bound], targets: Mapping[str, Bound],
+        self, rows: slice, held: Bound, sources: Mapping[str, Bound], targets: Mapping[str, Bound],
         found: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
-        weight = self.weight[rows]
-        if weight.dtype != torch.float32:
-            weight = self.scratch.block(self.spare, len(weight)).copy_(weight)
+        weight = held.decode(rows.start)
         states = {name: state[rows] for name, state in self.exact.items()} | by_rows(found, rows)
         for name, source in sources.items():
             states[name] = source.decode(rows.start)
         other = self.scratch.other(weight)
         self.rule.apply(weight, self.grad[rows].float(), states, self.hyper, self.t, other)
-        if self.weight.dtype != torch.float32:
-            self.weight[rows].copy_(weight)
         for target in targets.values():
             target.encode(rows.start, self.draws)
+        held.encode(rows.start, self.draws)
 
     def _parts(self) -> Iterator[tuple[int, int]]:
         """First row and rows a block: of all full blocks, and of the rest."""
-        n, rest = len(self.weight), len(self.weight) % self.rows
+        n, rest = self.weight.shape[0], self.weight.shape[0] % self.rows
         if n >= self.rows:
             yield 0, self.rows
         if rest:
@@ -361,10 +365,11 @@ class _Move:
             of_rows, of_columns = found.split([*coded.shape])
             for first, n_rows in self._parts():
                 source = self.scratch.bind(coded, 0, n_rows)
-                for row in range(first, len(self.weight) - n_rows + 1, n_rows):
+                held = self.weight.bind(self.scratch, self.spare, n_rows)
+                for row in range(first, self.weight.shape[0] - n_rows + 1, n_rows):
                     rows = slice(row, row + n_rows)
                     state, grad = source.decode(row), self.grad[rows].float()
-                    self.rule.advance(name, state, self.weight[rows], grad, self.hyper)
+                    self.rule.advance(name, state, held.decode(row), grad, self.hyper)
                     torch.amax(state.abs_(), 1, out=of_rows[rows])
                     torch.maximum(of_columns, state.amax(0), out=of_columns)
             lifted = found.clamp(min=torch.finfo(found.dtype).tiny)
@@ -383,24 +388,10 @@ def _arrays(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
 
 
 def _zeros(
-    state: dict[str, Any], name: str, codec: str, weight: Tensor, draws: torch.Generator
+    state: dict[str, Any], name: str, codec: str, weight: Weights, draws: torch.Generator
 ) -> Mapping[str, Tensor]:
     """Store an encoded state of zeros."""
     zeros = torch.zeros(1, device=weight.device).expand(weight.shape)
     arrays = _codec(codec).encode(zeros, draws).arrays
     state |= {f"{name}.{part}": array for part, array in arrays.items()}
     return arrays
-
-
-def _rows_a_block(shape: tuple[int, int], coded: Iterable[Rows]) -> int:
-    """Rows of a block: about `BLOCK` coordinates, and no group cut in two."""
-    n, d = shape
-    least = math.lcm(*(_rows_a_group(rows.spec.scale.group, d) for rows in coded))
-    most = max(least, BLOCK // max(d, 1) // least * least)
-    n_blocks = -(-n // most)
-    even = -(-n // max(n_blocks, 1))  # blocks of one size waste no call on a small rest
-    return min(n, -(-even // least) * least)
-
-
-def _rows_a_group(group: int, d: int) -> int:
-    return math.lcm(max(group, 1), max(d, 1)) // max(d, 1)

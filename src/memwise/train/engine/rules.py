@@ -8,7 +8,7 @@ Shapes: r rows of d coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
@@ -72,13 +72,13 @@ class Surveying(Protocol):
     """A rule that must have seen all of a matrix before it moves any part of it."""
 
     def survey(
-        self, weight: Tensor, grad: Tensor, n_axes: int, state: dict[str, Any], hyper: Hyper,
-        t: int, parts: Sequence[slice],
+        self, weight: Callable[[slice], Tensor], grad: Tensor, n_axes: int, state: dict[str, Any],
+        hyper: Hyper, t: int, parts: Sequence[slice],
     ) -> Mapping[str, Tensor]:  # fmt: skip
         """Go over a matrix before the step, part after part.
 
         Args:
-            weight: (n, d) of the parameter's type, before the step.
+            weight: gives rows (r, d) of the weight before the step, in float32.
             grad: (n, d).
             n_axes: of the parameter; a vector may lie in several rows.
             state: what is kept of the parameter; the rule's own small tensors may be added.
@@ -223,8 +223,8 @@ class Adafactor:
             raise InvalidKnob(f"d={hyper['d']!r} must be above 0")
 
     def survey(
-        self, weight: Tensor, grad: Tensor, n_axes: int, state: dict[str, Any], hyper: Hyper,
-        t: int, parts: Sequence[slice],
+        self, weight: Callable[[slice], Tensor], grad: Tensor, n_axes: int, state: dict[str, Any],
+        hyper: Hyper, t: int, parts: Sequence[slice],
     ) -> Mapping[str, Tensor]:  # fmt: skip
         """Advance the factors, and find the size of the step from the norms of both."""
         eps, floor = hyper["eps"]
@@ -232,12 +232,12 @@ class Adafactor:
         if "row_var" in found:
             found["row_mean"] = found["row_var"].mean(0, keepdim=True).clamp_(min=eps)
         # Parts are added up in float64: in how many a matrix is cut must not show in its steps.
-        weights, updates = torch.zeros(2, dtype=torch.float64, device=weight.device)
+        weights, updates = torch.zeros(2, dtype=torch.float64, device=grad.device)
         for rows, block, here in _over(grad, found, parts):
-            weights += weight[rows].float().square().sum()
+            weights += weight(rows).square().sum()
             update = self._update(block, here, hyper, torch.empty_like(block))
             updates += update.square_().sum()
-        rms_weight, rms_update = ((s / weight.numel()).sqrt() for s in (weights, updates))
+        rms_weight, rms_update = ((s / grad.numel()).sqrt() for s in (weights, updates))
         size = rms_weight.clamp(min=floor) * min(hyper["lr"], t**-0.5)
         found["size"] = (size / (rms_update / hyper["d"]).clamp(min=1.0)).float().view(1, 1)
         return found

@@ -18,6 +18,8 @@ import torch
 from memwise.codec import project
 from memwise.codec.spec import parse
 from memwise.codec.th import Codec, Packed
+from memwise.codec.th_rows import Scratch
+from memwise.train.engine.weights import Weights, rows_a_block
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -58,15 +60,24 @@ class Subspace:
         low = basis.T @ grad if _is_wide(grad) else grad @ basis
         return low.float()
 
-    def up(self, delta: Tensor, weight: Tensor, state: dict[str, Any], fade: float) -> None:
+    def up(
+        self, delta: Tensor, weight: Weights, state: dict[str, Any], fade: float,
+        draws: torch.Generator,
+    ) -> None:  # fmt: skip
         """Fade the weight and add what was found in the subspace, a few rows at a time."""
-        basis = self.basis(state)
-        left, right = (basis, delta) if _is_wide(weight) else (delta, basis.T)
-        step = max(1, ROWS // weight.shape[1])
-        for first in range(0, len(weight), step):
-            rows = slice(first, first + step)
+        basis, (n, d) = self.basis(state), weight.shape
+        left, right = (basis, delta) if n <= d else (delta, basis.T)
+        step = rows_a_block(weight.shape, [weight.group], ROWS)
+        scratch = Scratch()
+        if not weight.in_place:
+            scratch.lay_out(1, step, d, weight.device)
+        for first in range(0, n, step):
+            rows = slice(first, min(n, first + step))
+            held = weight.bind(scratch, 0, rows.stop - first)
+            block = held.decode(first)
             move = (left[rows] @ right).mul_(self.scale)
-            weight[rows] = move.add_(weight[rows], alpha=fade)
+            block.copy_(move.add_(block, alpha=fade))
+            held.encode(first, draws)
 
     def keep(self, basis: Tensor, state: dict[str, Any]) -> None:
         """Store the basis."""
