@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from memwise.context.policies.sliding_window import SlidingWindow
     from memwise.context.policies.snapkv import SnapKV
     from memwise.context.policies.streaming_llm import StreamingLLM
+    from memwise.context.policies.surprising_passages import SurprisingPassages
     from memwise.context.policies.tova import TOVA
     from memwise.context.policies.uniform_frames import UniformFrames
 
@@ -46,6 +47,7 @@ __all__ = [
     "SlidingWindow",
     "SnapKV",
     "StreamingLLM",
+    "SurprisingPassages",
     "Uniform",
     "UniformFrames",
     "bounded",
@@ -72,6 +74,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "SlidingWindow": ("memwise.context.policies.sliding_window", "torch"),
     "SnapKV": ("memwise.context.policies.snapkv", "torch"),
     "StreamingLLM": ("memwise.context.policies.streaming_llm", "torch"),
+    "SurprisingPassages": ("memwise.context.policies.surprising_passages", "torch"),
     "Uniform": ("memwise.context.engine.plan", "torch"),
     "UniformFrames": ("memwise.context.policies.uniform_frames", "torch"),
     "bounded": ("memwise.context.engine.host", "torch"),
