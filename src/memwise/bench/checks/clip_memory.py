@@ -35,7 +35,7 @@ REPEATED, N_ONCE, N_FRAMES = (4, 3), 3, 2  # clips of the digits that come again
 N_CLIPS = sum(REPEATED) + N_ONCE
 WIDTH, N_LAYERS, N_HEADS, SIDE = 64, 2, 4, 14
 N_STEPS, BATCH, N_JUDGED = 700, 32, 500
-_RATE, _NOISE, _CORNERS = 2e-3, 0.1, 4
+_RATE, _NOISE, _CORNERS = 1e-3, 0.1, 4
 SECOND, ONLY = 0, 1
 
 
@@ -148,6 +148,7 @@ class Viewer(nn.Module):
 def trained(policy: ClipPolicy, streams: Streamed, n_steps: int, seed: int) -> Viewer:
     """A viewer that learned to find the clip in question, and to name its corner."""
     viewer, draws = Viewer(policy, seed), torch.Generator().manual_seed(seed)
+    criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(viewer.parameters(), lr=_RATE)
     fade = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, n_steps)
     for _ in range(n_steps):
@@ -155,7 +156,7 @@ def trained(policy: ClipPolicy, streams: Streamed, n_steps: int, seed: int) -> V
         corner, picked = viewer(some, draws)
         truth = some.corners.gather(1, some.places).flatten()
         scores = viewer.streamer.sharpness * picked.alike
-        loss = F.cross_entropy(corner, truth) + F.cross_entropy(scores, some.places.flatten())
+        loss = criterion(corner, truth) + criterion(scores, some.places.flatten())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(viewer.parameters(), 1.0)

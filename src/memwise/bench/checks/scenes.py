@@ -152,7 +152,7 @@ def _told(frames: Tensor, stream: Stream, what: str) -> float:
     held = F.normalize(frames.flatten(1), dim=-1)
 
     def familiar(pictures: Tensor) -> Tensor:
-        images = F.normalize(pictures, dim=-1).unflatten(-1, (_SIDE, _SIDE))
+        images = F.normalize(pictures, dim=-1).view(-1, _SIDE, _SIDE)
         moved = torch.stack([images.roll(move, (1, 2)) for move in _MOVES])
         return (moved.flatten(2) @ held.T).amax((0, 2))
 

@@ -60,7 +60,7 @@ class Videos:
         frames = self.pictures[shown]
         frames = frames + _NOISE * torch.randn(frames.shape, generator=self.noise)
         seen = F.one_hot(self.labels[shown.view(n, -1)], 10).amax(1)
-        return frames.unflatten(0, (n, n_segments)), seen.float()
+        return frames.view(n, n_segments, N_FRAMES, -1), seen.float()
 
     def _segment(self) -> Tensor:
         """Which picture each frame shows: one, and others for one to three frames each."""
@@ -160,13 +160,13 @@ def _trained(
     if weights:
         viewer.load_state_dict(weights)
     videos = Videos(pictures, labels, seed + 100 * n_segments)
-    draws = torch.Generator().manual_seed(seed)
+    draws, criterion = torch.Generator().manual_seed(seed), nn.BCEWithLogitsLoss()
     optimizer = torch.optim.AdamW(viewer.parameters(), lr=_RATE)
     fade = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     for _ in range(n_steps):
         frames, shown = videos.batch(BATCH, n_segments)
         optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(viewer(frames, draws), shown).backward()
+        criterion(viewer(frames, draws), shown).backward()
         optimizer.step()
         fade.step()
     return viewer.eval()
@@ -177,7 +177,7 @@ def _right(viewer: Viewer, frames: Tensor, shown: Tensor) -> NDArray[np.float64]
     """Share of right answers to each video."""
     right = [
         ((viewer(some) > 0) == (truth > 0.5)).double().mean(1)
-        for some, truth in zip(frames.split(100), shown.split(100), strict=True)
+        for some, truth in zip(frames.chunk(4), shown.chunk(4), strict=True)
     ]
     return torch.cat(right).numpy()
 
@@ -206,7 +206,7 @@ def _peaks(method: MCViT, seed: int) -> Row:
         paired_interval(values, np.ones_like(values), seed), len(values),
         {"largest bend of the curve over sizes": max(bends), "at 32 segments": mine[-1]},
         {
-            "the peak grows linearly with the memories": max(bends) < 0.05,
+            "the peak grows linearly with the memories": bool(max(bends) < 0.05),
             "a third at 32 segments": mine[-1] < 1 / 3,
         },
         primary=False, data="8 to 32 segments of 128 tokens",
