@@ -160,7 +160,7 @@ def test_all_tokens_give_what_the_plain_loop_gives() -> None:
     outs, memory = read(built, segments)
     for mine, expected in zip(outs, naive(built, segments[:, 0]), strict=True):
         torch.testing.assert_close(mine[0], expected, atol=1e-10, rtol=0)
-    assert torch.equal(memory.layers[0], torch.cat(list(segments), 1))
+    assert torch.equal(torch.cat(memory.layer(0), 1), torch.cat(list(segments), 1))
 
 
 @each_method
@@ -175,7 +175,7 @@ def test_without_a_memory_each_segment_is_alone() -> None:
     built, segments = encoder(LoneSegments()), vectors(3, 2, 5, WIDTH)
     outs, memory = read(built, segments)
     assert torch.equal(outs[-1], built(segments[-1])[0])
-    assert (memory.n_segments, memory.n_tokens, memory.n_bytes) == (3, 0, 0)
+    assert (len(memory.segments), memory.n_tokens, memory.n_bytes) == (3, 0, 0)
 
 
 def test_what_is_kept_changes_what_is_read() -> None:
@@ -193,7 +193,7 @@ def test_a_video_goes_on_from_what_is_held(name: str) -> None:
     _, half = read(built, segments[:2])
     resumed, again = read(built, segments[2:], half)
     assert torch.equal(resumed[-1], outs[-1])
-    assert all(torch.equal(a, b) for a, b in zip(memory.layers, again.layers, strict=True))
+    assert all(map(torch.equal, memory.segments[-1], again.segments[-1]))
 
 
 @each_policy
@@ -226,14 +226,28 @@ def test_gradients_stop_at_the_memories() -> None:
     _, memory = built(first)
     built(last, memory)[0].sum().backward()
     assert all(weight.grad is not None for weight in built.parameters())
-    assert not any(layer.requires_grad for layer in memory.layers)
+    assert not any(layer.requires_grad for layer in memory.segments[0])
 
 
 @pytest.mark.parametrize(("ratio", "n"), [(0.01, 1), (0.1, 1), (0.4, 5), (1.0, 12)])
 def test_memories_of_a_segment_are_as_many_as_the_ratio_says(ratio: float, n: int) -> None:
     _, memory = read(encoder(MCViT(kept_ratio=ratio)), vectors(3, 2, 12, WIDTH))
     assert memory.n_tokens == 3 * n
-    assert memory.n_bytes == bytes_of(dict(enumerate(memory.layers))) == 2 * 3 * n * 2 * WIDTH * 8
+    held = {f"{i} {j}": x for i, some in enumerate(memory.segments) for j, x in enumerate(some)}
+    assert memory.n_bytes == bytes_of(held) == 2 * 3 * n * 2 * WIDTH * 8
+
+
+def test_what_is_kept_does_not_change_with_the_tokens_it_was_taken_of() -> None:
+    built, segment = encoder(WholeSegments()), vectors(2, 5, WIDTH)
+    _, memory = built(segment)
+    segment.zero_()
+    assert memory.layer(0)[0].abs().min() > 0
+
+
+def test_no_memory_is_held_twice() -> None:
+    _, memory = read(encoder(MCViT()), segments := vectors(3, 2, 12, WIDTH))
+    _, longer = read(encoder(MCViT()), segments, memory)
+    assert all(a is b for a, b in zip(memory.segments, longer.segments[:3], strict=True))
 
 
 def test_a_segment_that_does_not_fit_is_refused() -> None:

@@ -16,7 +16,7 @@ from memwise.context.engine.clips import ClipMemory, ClipPolicy  # noqa: E402
 from memwise.context.policies.lone_clips import LoneClips  # noqa: E402
 from memwise.context.policies.uniform_clips import UniformClips  # noqa: E402
 from memwise.context.policies.videostreaming import VideoStreaming  # noqa: E402
-from memwise.errors import InvalidKnob  # noqa: E402
+from memwise.errors import BudgetExceeded, InvalidKnob  # noqa: E402
 from memwise.train.measure import bytes_of  # noqa: E402
 
 WIDTH = 16
@@ -171,7 +171,7 @@ def test_the_answer_teaches_what_to_pick_and_values_are_as_without_training() ->
 
 @each_policy
 def test_policies_share_their_weights(name: str) -> None:
-    mine, other = load(f"context/{name}")()(WIDTH, 2, 4, 3), VideoStreaming()(WIDTH, 2, 4, 3)
+    mine, other = (policy()(WIDTH, 2, 4, seed=3) for policy in (load(name), VideoStreaming))
     assert {k: v.tolist() for k, v in mine.state_dict().items()} == {
         k: v.tolist() for k, v in other.state_dict().items()
     }
@@ -188,6 +188,14 @@ def test_bytes_are_those_of_summaries_and_indicators() -> None:
     held = {"summaries": memory.summaries, "indicators": memory.indicators}
     assert memory.n_clips == 5
     assert memory.n_bytes == bytes_of(held) == 2 * 5 * (4 + 1) * WIDTH * 8
+
+
+def test_a_clip_that_does_not_fit_is_refused() -> None:
+    a_clip = (4 + 1) * WIDTH * 8
+    built = VideoStreaming()(WIDTH, 2, 4, budget=5 * a_clip).double()
+    memory = watched(built, vectors(3, 1, 3, WIDTH))  # the third while two are held
+    with pytest.raises(BudgetExceeded, match="budget"):
+        built(vectors(1, 3, WIDTH), memory)
 
 
 @pytest.mark.parametrize("knob", ["n_summary", "n_picked"])

@@ -9,7 +9,7 @@ streams of pictures that nobody trained on.
 - primary: how often the clip in question is among those picked, for second clips, beside clips that
   are read alone
 - beside it the same for only clips, where nothing may be lost, and how often the corner is named;
-  controls are clips at even distances, and clips drawn at random
+  controls are clips at even distances and chance
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from memwise.bench.checks.sliced_video import digits
 from memwise.bench.engine import Row, paired_interval
 from memwise.catalogue import load
+from memwise.context.engine.building import weights_from
 from memwise.context.engine.clips import ClipMemory, ClipPolicy, Picked
 
 REPEATED, N_ONCE, N_FRAMES = (4, 3), 3, 2  # clips of the digits that come again; digits of one clip
@@ -109,8 +110,7 @@ class Viewer(nn.Module):
     def __init__(self, policy: ClipPolicy, seed: int) -> None:
         super().__init__()
         self.streamer = policy(WIDTH, N_LAYERS, N_HEADS, seed=seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with weights_from(seed):
             self.frame = nn.Sequential(
                 nn.Linear(SIDE * SIDE, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)
             )

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from memwise.bench.checks.sliced_video import digits
 from memwise.bench.engine import Row, paired_interval
 from memwise.catalogue import load
+from memwise.context.engine.building import weights_from
 from memwise.context.engine.consolidate import SegmentMemory, SegmentPolicy
 from memwise.context.policies.mc_vit import MCViT
 from memwise.train.measure import peak
@@ -81,8 +82,7 @@ class Viewer(nn.Module):
         self.encoder = policy(WIDTH, N_LAYERS, N_HEADS, seed=seed)
         draws = torch.Generator().manual_seed(seed)
         self.questions = nn.Parameter(0.3 * torch.randn(10, WIDTH, generator=draws))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with weights_from(seed):
             self.patch, self.head = nn.Linear(PIXELS, WIDTH), nn.Linear(WIDTH, 1)
 
     def remembered(

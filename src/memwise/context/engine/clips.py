@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from memwise.budget import Budget, BudgetLike, Ledger
 from memwise.catalogue import Card
+from memwise.context.engine.building import need_layers, weights_from
 from memwise.errors import InvalidKnob
 
 Tensor: TypeAlias = torch.Tensor
@@ -95,27 +97,27 @@ class ClipPolicy:
         return scores.topk(n_picked).indices
 
     def __call__(
-        self, width: int = 256, n_layers: int = 4, n_heads: int = 4, seed: int = 0
-    ) -> ClipStreamer:
+        self, width: int = 256, n_layers: int = 4, n_heads: int = 4,
+        budget: BudgetLike | None = None, seed: int = 0,
+    ) -> ClipStreamer:  # fmt: skip
         """A streaming encoder of clips; all policies have the same weights under the same names.
 
         Args:
             width: D.
             n_layers: of the transformer.
             n_heads: of each attention.
+            budget: bytes of the memory, and of the next one while a clip comes to it; None for no
+                end.
             seed: of the weights.
 
         Raises:
             InvalidKnob: the width is no multiple of the heads, or there are no layers.
         """
-        if n_layers < 1 or n_heads < 1 or width % n_heads:
-            raise InvalidKnob(
-                f"width={width}, n_layers={n_layers}, n_heads={n_heads}: give at least one layer, "
-                "and a width that is a multiple of the heads"
+        need_layers(width, n_layers, n_heads)
+        with weights_from(seed):
+            return ClipStreamer(
+                self, width, n_layers, n_heads, None if budget is None else Budget(budget)
             )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # noqa: TID251
-            return ClipStreamer(self, width, n_layers, n_heads)
 
 
 class ClipStreamer(nn.Module):
@@ -124,9 +126,11 @@ class ClipStreamer(nn.Module):
     Frames, words, positions in a clip, and the reader of what is picked are the caller's.
     """
 
-    def __init__(self, policy: ClipPolicy, width: int, n_layers: int, n_heads: int) -> None:
+    def __init__(
+        self, policy: ClipPolicy, width: int, n_layers: int, n_heads: int, budget: Budget | None
+    ) -> None:
         super().__init__()
-        self.policy = policy
+        self.policy, self.budget = policy, budget
         self.carried, self.summary = (
             nn.Parameter(0.5 * torch.randn(policy.n_summary, width)) for _ in range(2)
         )
@@ -141,13 +145,20 @@ class ClipStreamer(nn.Module):
         self.sharpness = nn.Parameter(torch.tensor(10.0))
 
     def forward(self, clip: Tensor, memory: ClipMemory | None = None) -> ClipMemory:
-        """Read the next clip (B, T, D); None begins a video."""
+        """Read the next clip (B, T, D); None begins a video.
+
+        Raises:
+            BudgetExceeded: the memory with this clip would be larger.
+        """
         n, (n_rows, _, width) = self.policy.n_summary, clip.shape
         none = ClipMemory(clip.new_zeros(n_rows, 0, n, width), clip.new_zeros(n_rows, 0, width))
         held = memory or none
         last = self.policy.carry(held.summaries[:, -1]) if held.n_clips else None
         states = self._read(clip, last, self.summary)
         summary, indicator = states[:, None, -n - 1 : -1], _unit(states[:, -1:])
+        ledger = Ledger(self.budget)
+        ledger.set("device", "memory", held.n_bytes)
+        ledger.set("device", "next memory", held.n_bytes + summary.nbytes + indicator.nbytes)
         return ClipMemory(
             torch.cat([held.summaries, summary], 1), torch.cat([held.indicators, indicator], 1)
         )

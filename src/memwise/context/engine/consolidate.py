@@ -9,7 +9,7 @@ Shapes: B videos, N tokens of a segment, K memories made of them, M memories hel
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from memwise.budget import Budget, BudgetLike, readable
+from memwise.budget import Budget, BudgetLike, Ledger
 from memwise.catalogue import Card
-from memwise.errors import BudgetExceeded, InvalidKnob
+from memwise.context.engine.building import need_layers, weights_from
+from memwise.errors import InvalidKnob
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -93,25 +94,28 @@ def _means(x: Tensor, centers: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class SegmentMemory:
-    """What is held of the segments that were seen; a new one is made with each segment.
+    """What is held of the segments that were seen; with each segment a new one is made.
 
     Attributes:
-        layers: memories of each layer (B, M, D).
-        n_segments: segments that were seen.
+        segments: memories of each segment in each layer (B, K, D). The next memory holds the same
+            tensors and those of its own segment, so that nothing is held twice.
     """
 
-    layers: tuple[Tensor, ...]
-    n_segments: int = 0
+    segments: tuple[tuple[Tensor, ...], ...] = ()
+
+    def layer(self, i: int) -> list[Tensor]:
+        """Memories of a layer, segment by segment (B, K, D)."""
+        return [held[i] for held in self.segments]
 
     @property
     def n_tokens(self) -> int:
         """M, memories of a layer."""
-        return self.layers[0].shape[1]
+        return sum(held[0].shape[1] for held in self.segments)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of all layers."""
-        return sum(layer.untyped_storage().nbytes() for layer in self.layers)
+        return sum(layer.untyped_storage().nbytes() for held in self.segments for layer in held)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,19 +153,14 @@ class SegmentPolicy:
             width: D.
             n_layers: blocks.
             n_heads: of each attention.
-            budget: bytes that the memories of all layers may take; None holds all that come.
+            budget: bytes that the memories of all segments in all layers may take; None for no end.
             seed: of the weights.
 
         Raises:
             InvalidKnob: the width is no multiple of the heads, or there are no layers.
         """
-        if n_layers < 1 or n_heads < 1 or width % n_heads:
-            raise InvalidKnob(
-                f"width={width}, n_layers={n_layers}, n_heads={n_heads}: give at least one layer, "
-                "and a width that is a multiple of the heads"
-            )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # noqa: TID251
+        need_layers(width, n_layers, n_heads)
+        with weights_from(seed):
             blocks = [MemoryBlock(width, n_heads) for _ in range(n_layers)]
         return SegmentEncoder(self, blocks, None if budget is None else Budget(budget))
 
@@ -182,10 +181,10 @@ class MemoryBlock(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x: Tensor, memories: Tensor) -> Tensor:  # (B, N, D), (B, M, D) -> (B, N, D)
-        """The segment's tokens after attention to both and the MLP."""
-        read = self.norm1(torch.cat([memories, x], 1))  # (B, M + N, D)
-        queries = self.query(read[:, memories.shape[1] :])
+    def forward(self, x: Tensor, memories: Sequence[Tensor]) -> Tensor:
+        """The segment's tokens (B, N, D) after attention to memories (B, K, D) and themselves."""
+        read = self.norm1(torch.cat([*memories, x], 1))  # (B, M + N, D)
+        queries = self.query(read[:, -x.shape[1] :])
         keys, values = self.key_value(read).chunk(2, -1)
         q, k, v = (self._heads(part) for part in (queries, keys, values))
         mixed = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D / H)
@@ -225,22 +224,15 @@ class SegmentEncoder(nn.Module):
         Raises:
             BudgetExceeded: the memory with this segment would be larger.
         """
-        none = tokens.new_zeros(len(tokens), 0, tokens.shape[-1])
-        held = memory or SegmentMemory((none,) * len(self.blocks))
-        draws = draws or torch.Generator().manual_seed(held.n_segments)
-        x, layers = tokens, []
-        for i, (block, old) in enumerate(zip(self.blocks, held.layers, strict=True)):
-            new = self.policy.keep(Seen(x.detach(), i, draws))
-            layers.append(torch.cat([old, new.detach()], 1))
-            self._fits(layers)
-            x = block(x, old)
-        return self.norm(x), SegmentMemory(tuple(layers), held.n_segments + 1)
-
-    def _fits(self, layers: list[Tensor]) -> None:
-        n_bytes = sum(layer.untyped_storage().nbytes() for layer in layers)
-        if self.budget is not None and n_bytes > self.budget:
-            raise BudgetExceeded(
-                f"memories of {layers[0].shape[1]} tokens in {len(layers)} of {len(self.blocks)} "
-                f"layers take {readable(n_bytes)}; the budget is {readable(int(self.budget))}: "
-                "raise budget=, or keep less of a segment"
-            )
+        held = memory or SegmentMemory()
+        draws = draws or torch.Generator().manual_seed(len(held.segments))
+        ledger = Ledger(self.budget)
+        ledger.set("device", "memories", held.n_bytes)
+        x, kept = tokens, []
+        for i, block in enumerate(self.blocks):
+            # A copy, which neither holds the tokens that it was taken of nor changes with them.
+            new = self.policy.keep(Seen(x.detach(), i, draws)).clone()
+            ledger.add("device", "memories", new.untyped_storage().nbytes())
+            kept.append(new)
+            x = block(x, held.layer(i))
+        return self.norm(x), SegmentMemory((*held.segments, tuple(kept)))
