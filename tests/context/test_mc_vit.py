@@ -250,6 +250,15 @@ def test_no_memory_is_held_twice() -> None:
     assert all(a is b for a, b in zip(memory.segments, longer.segments[:3], strict=True))
 
 
+def test_a_memory_of_other_videos_is_refused() -> None:
+    segment = vectors(2, 5, WIDTH)
+    _, memory = encoder(MCViT())(segment)
+    with pytest.raises(InvalidKnob, match="segment before"):
+        encoder(MCViT())(segment[:1], memory)
+    with pytest.raises(InvalidKnob, match="segment before"):
+        encoder(MCViT(), n_layers=3)(segment, memory)
+
+
 def test_a_segment_that_does_not_fit_is_refused() -> None:
     segments = vectors(3, 1, 10, WIDTH)
     two = 2 * 2 * WIDTH * 8  # segments of one memory in two layers

@@ -190,6 +190,15 @@ def test_bytes_are_those_of_summaries_and_indicators() -> None:
     assert memory.n_bytes == bytes_of(held) == 2 * 5 * (4 + 1) * WIDTH * 8
 
 
+def test_a_memory_of_other_videos_is_refused() -> None:
+    clip = vectors(2, 3, WIDTH)
+    memory = streamer(VideoStreaming())(clip)
+    with pytest.raises(InvalidKnob, match="clip before"):
+        streamer(VideoStreaming())(clip[:1], memory)
+    with pytest.raises(InvalidKnob, match="clip before"):
+        streamer(VideoStreaming(n_summary=3))(clip, memory)
+
+
 def test_a_clip_that_does_not_fit_is_refused() -> None:
     a_clip = (4 + 1) * WIDTH * 8
     built = VideoStreaming()(WIDTH, 2, 4, budget=5 * a_clip).double()

@@ -149,10 +149,16 @@ class ClipStreamer(nn.Module):
 
         Raises:
             BudgetExceeded: the memory with this clip would be larger.
+            InvalidKnob: the memory is of other videos, or of another encoder.
         """
         n, (n_rows, _, width) = self.policy.n_summary, clip.shape
         none = ClipMemory(clip.new_zeros(n_rows, 0, n, width), clip.new_zeros(n_rows, 0, width))
         held = memory or none
+        if held.summaries.shape[::2] != (n_rows, n) or held.summaries.shape[-1] != width:
+            raise InvalidKnob(
+                f"a memory of {tuple(held.summaries.shape)}; this clip and encoder have "
+                f"({n_rows}, any, {n}, {width}): give the memory that the clip before returned"
+            )
         last = self.policy.carry(held.summaries[:, -1]) if held.n_clips else None
         states = self._read(clip, last, self.summary)
         summary, indicator = states[:, None, -n - 1 : -1], _unit(states[:, -1:])

@@ -9,7 +9,7 @@ Shapes: B videos, N tokens of a segment, K memories made of them, M memories hel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
@@ -161,8 +161,9 @@ class SegmentPolicy:
         """
         need_layers(width, n_layers, n_heads)
         with weights_from(seed):
-            blocks = [MemoryBlock(width, n_heads) for _ in range(n_layers)]
-        return SegmentEncoder(self, blocks, None if budget is None else Budget(budget))
+            return SegmentEncoder(
+                self, width, n_layers, n_heads, None if budget is None else Budget(budget)
+            )
 
 
 # --- the encoder
@@ -202,12 +203,13 @@ class SegmentEncoder(nn.Module):
     """
 
     def __init__(
-        self, policy: SegmentPolicy, blocks: Iterable[MemoryBlock], budget: Budget | None
-    ) -> None:
+        self, policy: SegmentPolicy, width: int, n_layers: int, n_heads: int,
+        budget: Budget | None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.policy, self.budget = policy, budget
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(self.blocks[0].norm1.normalized_shape)
+        self.blocks = nn.ModuleList(MemoryBlock(width, n_heads) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(width)
 
     def forward(
         self, tokens: Tensor, memory: SegmentMemory | None = None,
@@ -223,8 +225,10 @@ class SegmentEncoder(nn.Module):
 
         Raises:
             BudgetExceeded: the memory with this segment would be larger.
+            InvalidKnob: the memory is of other videos, or of another encoder.
         """
         held = memory or SegmentMemory()
+        self._check(tokens, held)
         draws = draws or torch.Generator().manual_seed(len(held.segments))
         ledger = Ledger(self.budget)
         ledger.set("device", "memories", held.n_bytes)
@@ -236,3 +240,13 @@ class SegmentEncoder(nn.Module):
             kept.append(new)
             x = block(x, held.layer(i))
         return self.norm(x), SegmentMemory((*held.segments, tuple(kept)))
+
+    def _check(self, tokens: Tensor, held: SegmentMemory) -> None:
+        here = [(len(tokens), tokens.shape[-1])] * len(self.blocks)
+        for layers in held.segments[-1:]:
+            there = [(len(layer), layer.shape[-1]) for layer in layers]
+            if there != here:
+                raise InvalidKnob(
+                    f"a memory of (videos, width) {there} in its layers; the segment and this "
+                    f"encoder have {here}: give the memory that the segment before returned"
+                )
