@@ -76,16 +76,14 @@ def _attend(
 ) -> Partial:
     """Rows (B, H, r, D) on slots (B, H, n, D)."""
     wide = torch.promote_types(rows.dtype, torch.float32)
-    logits = (rows @ keys.mT).to(wide).mul_(scale)
+    logits = ((rows * scale) @ keys.mT).to(wide)
     if seen is not None:
-        logits.masked_fill_(~seen, -torch.inf)
-    # The least number keeps rows that see nothing free of infinity - infinity.
-    most = logits.amax(-1, keepdim=True).clamp_min_(torch.finfo(wide).min)
-    shares = logits.sub_(most).exp_()
-    total = shares.sum(-1, keepdim=True)
-    out = (shares.to(values.dtype) @ values).to(wide)
-    out.div_(total.clamp_min(torch.finfo(wide).tiny))
-    return out, (total.log_() + most)[..., 0]
+        # The least number and not -inf, which would make NaN of a row that sees nothing.
+        logits.masked_fill_(~seen, torch.finfo(wide).min)
+    shares = logits.softmax(-1)
+    # The greatest share is e^(greatest logit - weight): no second pass of exponentials.
+    weight = logits.amax(-1) - shares.amax(-1).log_()
+    return (shares.to(values.dtype) @ values).to(wide), weight
 
 
 def _merge(one: Partial, other: Partial) -> Partial:
