@@ -350,6 +350,26 @@ def test_a_store_comes_back_from_disk_bit_for_bit(model: Any, tmp_path: Path) ->
     assert torch.equal(*outs)
 
 
+def test_loading_evicts_what_was_used_longest_ago_but_no_parent_of_what_comes(
+    tmp_path: Path,
+) -> None:
+    model, path = llama(), tmp_path / "prefixes"
+    text, other = (tokens(1, 20, seed)[0].tolist() for seed in (1, 2))
+    store = PrefixStore(model)
+    store.prefill(text[:10])
+    store.prefill(text)
+    store.save(path)
+    back = PrefixStore(model, budget=store.ledger.total())
+    parent = back.prefill(text[:10])
+    back.prefill(other[:10])
+    assert back.load(path) == 1
+    assert back.match(other) is None
+    found = back.match(text)
+    assert found is not None
+    assert found.parent is parent
+    assert back.ledger.total() == back.ledger.peak() == store.ledger.total()
+
+
 def test_a_file_of_another_model_or_with_other_tokens_is_refused(tmp_path: Path) -> None:
     model, path = llama(), tmp_path / "prefixes"
     store = PrefixStore(model)

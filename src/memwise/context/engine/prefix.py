@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,6 +61,7 @@ class PrefixStore:
         if chunk < 1:
             raise InvalidKnob(f"chunk={chunk}: at least one token has to go through the model")
         self._host, self._chunk = RelayHost(model), chunk
+        self._model = model_fingerprint(self._host)
         self.ledger = Ledger(budget)
         self._prefixes: dict[str, Prefix] = {}  # the one used longest ago first
 
@@ -85,18 +89,17 @@ class PrefixStore:
         prompt with a document, and the documents share the prompt.
 
         Raises:
-            InvalidKnob: no tokens.
+            InvalidKnob: no tokens, or the model has been trained since.
             BudgetExceeded: it does not fit; nothing has changed then.
         """
         wanted = _plain(tokens)
         if not wanted:
             raise InvalidKnob("a prefix of no tokens: pass None to `relayed` instead")
-        model = model_fingerprint(self._host)
-        parent = self.match(wanted)
-        if parent is not None and parent.model != model:
+        if model_fingerprint(self._host) != self._model:
             raise InvalidKnob(
-                "the model's weights have changed since its prefixes were made: make a new store"
+                "the model's weights have changed since this store was made: make a new one"
             )
+        parent = self.match(wanted)
         if parent is not None and parent.n_tokens == len(wanted):
             return parent
         n_new = len(wanted) - (parent.n_tokens if parent else 0)
@@ -108,7 +111,8 @@ class PrefixStore:
                 pairs = tuple(_at_end(layer, len(wanted)) for layer in cache.relay_layers)
             finally:
                 self.ledger.release("device", _PREFILL)
-        made = Prefix(_key(model, parent, wanted), model, parent, wanted, pairs)
+        key = _key(parent.key if parent else self._model, wanted[-n_new:])
+        made = Prefix(key, self._model, parent, wanted, pairs)
         self._add(made)
         return made
 
@@ -143,9 +147,10 @@ class PrefixStore:
             for i, pair in enumerate(one.pairs)
             for what, tensor in zip(("keys", "values"), pair, strict=True)
         }
-        model = next(iter(self)).model
         part = path.with_name(path.name + ".part")
-        save_file(tensors, part, {"format": _FORMAT, "model": model, "about": json.dumps(about)})
+        save_file(
+            tensors, part, {"format": _FORMAT, "model": self._model, "about": json.dumps(about)}
+        )
         os.replace(part, path)
 
     def load(self, path: str | PathLike[str]) -> int:
@@ -156,15 +161,24 @@ class PrefixStore:
             StoreCorrupt: the file is not one of these, or contradicts itself.
             BudgetExceeded: they do not fit; nothing has changed then.
         """
-        found = _read(Path(path), self._host)
-        new = [one for one in found if one.key not in self._prefixes]
-        self._make_room(sum(one.held_bytes for one in new))
-        self.ledger.release("device", _PREFILL)
-        for one in new:
-            # A parent that is here already is held once.
-            one.parent = self._prefixes[one.parent.key] if one.parent else None
-            self._add(one)
+        with _opened(Path(path), self._model) as file:
+            about = _checked(file, self._model, len(self._host.shape.layer_types))
+            new = [one for one in about if one.key not in self._prefixes]
+            here = {one.key for one in about} & set(self._prefixes)
+            self._make_room(sum(one.n_numbers for one in new) * self._host.shape.itemsize, here)
+            self.ledger.release("device", _PREFILL)
+            for one in new:
+                pairs = tuple(
+                    (self._loaded(file, keys), self._loaded(file, values))
+                    for keys, values in one.names
+                )
+                parent = self._prefixes.get(one.parent)
+                self._add(Prefix(one.key, self._model, parent, one.tokens, pairs))
         return len(new)
+
+    def _loaded(self, file: Any, name: str) -> Tensor:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor.to(self._host.device)
 
     def _fill(self, cache: RelayCache, tokens: Sequence[int]) -> None:
         device = self._host.device
@@ -182,12 +196,12 @@ class PrefixStore:
             places += n_sliding * (min(n_new, window - 1 + chunk) + min(n_tokens, window - 1))
         return places * shape.pair_bytes
 
-    def _make_room(self, n_bytes: int) -> None:
-        """Evict until so many bytes fit, or nothing where they never would."""
+    def _make_room(self, n_bytes: int, needed: Collection[str] = ()) -> None:
+        """Evict until so many bytes fit, none of the keys `needed`, or nothing if they never do."""
         left = self.ledger.left("device")
         short = 0 if left is None else n_bytes - left
         going: list[Prefix] = []
-        while short > 0 and (one := self._oldest(going)):
+        while short > 0 and (one := self._oldest(going, needed)):
             going.append(one)
             short -= one.held_bytes
         if short <= 0:
@@ -195,10 +209,10 @@ class PrefixStore:
                 self.forget(one)
         self.ledger.set("device", _PREFILL, n_bytes)
 
-    def _oldest(self, going: Sequence[Prefix]) -> Prefix | None:
+    def _oldest(self, going: Sequence[Prefix], needed: Collection[str]) -> Prefix | None:
         staying = [one for one in self if one not in going]
-        parents = {one.parent.key for one in staying if one.parent}
-        free = (one for one in staying if not one.n_users and one.key not in parents)
+        tied = {one.parent.key for one in staying if one.parent} | set(needed)
+        free = (one for one in staying if not one.n_users and one.key not in tied)
         return next(free, None)
 
     def _add(self, prefix: Prefix) -> None:
@@ -219,9 +233,9 @@ def _own(prefix: Prefix) -> tuple[int, ...]:
     return prefix.tokens[prefix.parent.n_tokens if prefix.parent else 0 :]
 
 
-def _key(model: str, parent: Prefix | None, tokens: Sequence[int]) -> str:
-    own = tokens[parent.n_tokens if parent else 0 :]
-    return hashlib.sha256(f"{parent.key if parent else model} {list(own)}".encode()).hexdigest()
+def _key(before: str, tokens: Sequence[int]) -> str:
+    """Hash of the parent, or the model where there is none, and the own tokens."""
+    return hashlib.sha256(f"{before} {list(tokens)}".encode()).hexdigest()
 
 
 def _at_end(layer: RelayLayer, n_tokens: int) -> Pair:
@@ -234,38 +248,47 @@ def _at_end(layer: RelayLayer, n_tokens: int) -> Pair:
     return keys, values
 
 
-def _read(path: Path, host: RelayHost) -> list[Prefix]:
-    """The prefixes of a file, parents first."""
-    model = model_fingerprint(host)
+@dataclass(frozen=True)
+class _Saved:
+    """What a file says of a prefix: all its tokens, names of keys and values, numbers in them."""
+
+    key: str
+    parent: str
+    tokens: tuple[int, ...]
+    names: tuple[tuple[str, str], ...]
+    n_numbers: int
+
+
+@contextmanager
+def _opened(path: Path, model: str) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
             meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if meta.get("format") != _FORMAT:
+                raise StoreCorrupt(f"{path} holds no saved prefixes: it does not say {_FORMAT!r}")
+            if meta["model"] != model:
+                raise InvalidKnob(
+                    f"{path} holds prefixes of another model: {meta['model']} there, {model} here"
+                )
+            yield file
     except SafetensorError as error:
         raise StoreCorrupt(f"{path} holds no saved prefixes: {error}") from error
-    if meta.get("format") != _FORMAT:
-        raise StoreCorrupt(f"{path} holds no saved prefixes: it does not say {_FORMAT!r}")
-    if meta["model"] != model:
-        raise InvalidKnob(
-            f"{path} holds prefixes of another model: {meta['model']} there, {model} here"
-        )
-    found: dict[str, Prefix] = {}
-    for about in json.loads(meta["about"]):
+
+
+def _checked(file: Any, model: str, n_layers: int) -> list[_Saved]:
+    """All prefixes of a file, parents first, before any of them is loaded."""
+    there = set(file.keys())
+    found: dict[str, _Saved] = {}
+    for about in json.loads(file.metadata()["about"]):
         parent = found.get(about["parent"])
-        tokens = (*(parent.tokens if parent else ()), *about["tokens"])
-        key = _key(model, parent, tokens)
+        key = _key(parent.key if parent else model, about["tokens"])
         if key != about["key"]:
-            raise StoreCorrupt(f"{path}: the tokens of prefix {about['key'][:16]} were changed")
-        pairs = tuple(
-            _loaded(tensors, f"{key}.{i}", host) for i in range(len(host.shape.layer_types))
-        )
-        found[key] = Prefix(key, model, parent, tokens, pairs)
+            raise StoreCorrupt(f"the tokens of the saved prefix {about['key'][:16]} were changed")
+        names = tuple((f"{key}.{i}.keys", f"{key}.{i}.values") for i in range(n_layers))
+        plain = [name for pair in names for name in pair]
+        if missing := sorted(set(plain) - there):
+            raise StoreCorrupt(f"{missing} are missing in a file of prefixes")
+        tokens = (*(parent.tokens if parent else ()), *about["tokens"])
+        n_numbers = sum(math.prod(file.get_slice(name).get_shape()) for name in plain)
+        found[key] = _Saved(key, about["parent"], tokens, names, n_numbers)
     return list(found.values())
-
-
-def _loaded(tensors: dict[str, Tensor], name: str, host: RelayHost) -> Pair:
-    whole = f"{name}.keys", f"{name}.values"
-    if missing := set(whole) - set(tensors):
-        raise StoreCorrupt(f"{sorted(missing)} are missing in a file of prefixes")
-    keys, values = (tensors[one].to(host.device) for one in whole)
-    return keys, values

@@ -129,11 +129,11 @@ class Pass:
 
     def own(self, n_held: int, window: int | None) -> tuple[int, Tensor | None]:
         """How many of the newest tokens held can be seen, and by whom (B, 1, q, n)."""
-        return self._once((n_held, window), lambda: self._own(n_held, window))
+        return self._once(("own", n_held, window), lambda: self._own(n_held, window))
 
     def tail(self, n_held: int, window: int | None) -> tuple[int, Tensor | None]:
         """The same of the last tokens of the prefix."""
-        return self._once((-n_held, window), lambda: self._tail(n_held, window))
+        return self._once(("tail", n_held, window), lambda: self._tail(n_held, window))
 
     def _own(self, n_held: int, window: int | None) -> tuple[int, Tensor | None]:
         n_new = self.positions.shape[1]
@@ -142,8 +142,6 @@ class Pass:
             return n, None
         at = self.cache.at[:, None, None, -n:]
         device = at.device
-        # Padding sees itself: a row that sees nothing would have no average.
-        itself = torch.eye(n_new, n, dtype=torch.bool, device=device).roll(n - n_new, 1)
         new = self.sees
         if new is None:
             new = torch.ones(n_new, n_new, dtype=torch.bool, device=device).tril()
@@ -151,6 +149,8 @@ class Pass:
         seen = torch.cat([old, new], 1) & (at != EMPTY)
         if window is not None:
             seen = seen & (self.positions[:, None, :, None] - at < window)
+        # Padding sees itself: a row that sees nothing would have no average.
+        itself = torch.eye(n_new, n, dtype=torch.bool, device=device).roll(n - n_new, 1)
         return n, seen | itself
 
     def _tail(self, n_held: int, window: int | None) -> tuple[int, Tensor | None]:
@@ -271,12 +271,11 @@ class RelayLayer(CacheLayerMixin):
         capacity = self.capacity_for(keys.shape[2])
         stay = self._staying()
         if capacity > self.capacity:
-            old = (
-                [v.read(self.n - stay, self.n) for v in (self._keys, self._values)] if stay else []
-            )
-            self._keys, self._values = (Dense(x[:, :, 0], capacity) for x in (keys, values))
-            for vectors, before in zip((self._keys, self._values), old, strict=False):
-                vectors.append(0, before)
+            made = [Dense(vectors[:, :, 0], capacity) for vectors in (keys, values)]
+            if stay:
+                for vectors, old in zip(made, (self._keys, self._values), strict=True):
+                    vectors.append(0, old.read(self.n - stay, self.n))
+            self._keys, self._values = made
         elif stay:
             for vectors in (self._keys, self._values):
                 vectors.keep_last(stay, self.n)
