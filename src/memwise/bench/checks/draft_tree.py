@@ -36,9 +36,9 @@ from memwise.context.engine.draft import Drafted, Drafter, fastest
 from memwise.context.engine.relay import RelayHost
 from memwise.models import GEMMA_SHA256, LocalModel, cached, local_model
 
-N_TRAIN, N_CALIBRATE, N_HELD_OUT = 40, 8, 8
-_LENGTH, _START, _NEW = 128, 64, 32  # tokens of a piece, of what is continued, that are new
-_PLACES, _TOP, _ROUNDS = 24, 5, 5
+N_TRAIN, N_CALIBRATE, N_HELD_OUT = 32, 8, 8
+_LENGTH, _START, _NEW = 128, 64, 24  # tokens of a piece, of what is continued, that are new
+_PLACES, _TOP, _ROUNDS = 16, 5, 5
 _SUFFIX = 3  # most tokens that are looked up
 
 

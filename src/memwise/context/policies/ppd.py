@@ -54,9 +54,9 @@ class PPD:
     n_prompts: int = 3
     n_nodes: int = 16
     n_ranks: int = 10
-    n_steps: int = 200
+    n_steps: int = 160
     n_places: int = 20
-    lr: float = 0.03
+    lr: float = 0.1
     decay: float = 0.8
 
     def __post_init__(self) -> None:
