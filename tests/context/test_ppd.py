@@ -252,6 +252,15 @@ def test_bad_knobs_are_refused() -> None:
         PPD(decay=2)
 
 
+def test_texts_beyond_the_length_of_the_model_are_refused() -> None:
+    model = llama()
+    model.config.max_position_embeddings = 12
+    drafter = Drafter(model, prompts_for(model), DraftTree.best(HITS, 9))
+    assert len(drafter.generate(range(2, 12), 3).tokens) == 3
+    with pytest.raises(InvalidKnob, match="13 tokens"):
+        drafter.generate(range(2, 12), 4)
+
+
 def test_what_cannot_work_is_refused() -> None:
     model = llama()
     with pytest.raises(InvalidKnob, match="32 wide"):

@@ -234,6 +234,8 @@ class Drafter:
         self, cache: RelayCache, tokens: list[int], prompts: Tensor, at: Tensor, sees: Tensor | None
     ) -> Tensor:
         """Hidden states (1, q, E) of tokens and prompts at places (q,) behind the prefix."""
+        # Guesses may lie beyond the model's length: they are not part of the text yet.
+        self.host.check_reach(cache.n_prefix + int(at[0]) + (len(tokens) if sees is None else 1))
         ids = torch.tensor([tokens], device=self.host.device)
         embeds = torch.cat([self.host.model.get_input_embeddings()(ids), prompts[None]], 1)
         positions = (cache.n_prefix + at)[None]

@@ -435,7 +435,7 @@ class RelayHost(Host):
                 past_key_values=cache, inputs_embeds=inputs_embeds, **kwargs,
             )  # fmt: skip
         positions, slots_at = _placed(cache, given, attention_mask, position_ids)
-        self._check_reach(cache.n_prefix + cache.n_seen + positions.shape[1])
+        self.check_reach(cache.n_prefix + cache.n_seen + positions.shape[1])
         part = Pass(cache, positions, slots_at)
         return self.run(part, input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
@@ -447,7 +447,12 @@ class RelayHost(Host):
                 past_key_values=part.cache, memwise=part, **kwargs,
             )  # fmt: skip
 
-    def _check_reach(self, n_tokens: int) -> None:
+    def check_reach(self, n_tokens: int) -> None:
+        """Refuse texts that are longer than what the model was made for.
+
+        Raises:
+            InvalidKnob: so many tokens are.
+        """
         most = getattr(self.decoder.config, "max_position_embeddings", None)
         if most and n_tokens > most:
             raise InvalidKnob(
