@@ -21,7 +21,7 @@ from memwise.models import cached
 
 CONTEXT = 128  # bytes of a window
 _N_STEPS, _SIZE, _LR, _WARMUP = 800, 8, 3e-3, 50
-_PRICE = 0.3  # of the mean that passes the gates, in nat
+_PRICE = 0.5  # of the mean that passes the gates, in nat
 
 
 def model(data: Path | None) -> Any:

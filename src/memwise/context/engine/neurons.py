@@ -56,10 +56,10 @@ def rows_of(mlp: nn.Module) -> list[Tensor]:
     return [m.weight.T if name == OUTPUT else m.weight for name, m in known.items()]
 
 
+@torch.no_grad()
 def fires(mlp: Any, x: Tensor) -> Tensor:
     """Which neurons (N, F) fire for x (N, D)."""
-    first = next(iter(matrices_of(mlp).values()))
-    fired: Tensor = mlp.act_fn(first(x)) != 0
+    fired: Tensor = mlp.act_fn(x @ rows_of(mlp)[0].T) != 0
     return fired
 
 

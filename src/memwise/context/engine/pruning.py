@@ -5,7 +5,7 @@ Shapes: B rows of T tokens, n outputs, D inputs of a linear layer.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -47,10 +47,15 @@ def prune(model: nn.Module, ratio: float, text: Tensor | None = None) -> None:
 def _norms(model: nn.Module, linears: list[nn.Linear], text: Tensor) -> list[Tensor]:
     """Norms (D,) of the inputs of each layer over all tokens."""
     squares = [torch.zeros(module.in_features) for module in linears]
+
+    def adder(total: Tensor) -> Any:
+        def add(_: nn.Module, args: tuple[Tensor]) -> None:
+            total.add_(args[0].float().square().flatten(0, 1).sum(0))
+
+        return add
+
     hooks = [
-        module.register_forward_pre_hook(
-            lambda _, args, total=total: total.add_(args[0].float().square().flatten(0, 1).sum(0))
-        )
+        module.register_forward_pre_hook(adder(total))
         for module, total in zip(linears, squares, strict=True)
     ]
     try:

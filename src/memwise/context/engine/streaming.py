@@ -89,11 +89,11 @@ class Stream:
         self._layers = list(decoder_of(model).layers)  # type: ignore[arg-type]
         self._modules = _linears(self._layers)
         self._by_neurons = isinstance(policy, NeuronPolicy)
-        mark = {"model": _fingerprint(self._modules), "layout": policy.layout}
+        self.mark = {"model": _fingerprint(self._modules), "layout": policy.layout}
         is_new = not path.exists()
         if is_new:
-            write(path, self._matrices(text), mark)
-        self.file = WeightFile(path, mark, keep_pages)
+            write(path, self._matrices(text), self.mark)
+        self.file = WeightFile(path, self.mark, keep_pages)
         self._undo: list[Any] = []
         self.sparse: list[SparseFFN] = []
         try:
@@ -141,7 +141,8 @@ class Stream:
                     yield f"{i}.neurons.{k}", matrix.contiguous(), ""
             if needs and text is not None:
                 x = _inputs(self.model, mlp, text)
-                for key, known in self.policy.learn(x, neurons.fires(mlp, x)).items():
+                learned = self.policy.learn(x, neurons.fires(mlp, x), rows[0].detach())
+                for key, known in learned.items():
                     yield f"{i}.known.{key}", known.detach().contiguous(), ""
 
     def _mlps(self) -> list[nn.Module]:
@@ -197,7 +198,9 @@ class Stream:
         left = self.store.ledger.left("host") or 0
         mlps = self._mlps()
         for i, mlp in enumerate(mlps):
-            bundles = [b for name, b in self.file.bundles.items() if name.startswith(f"{i}.neurons")]
+            bundles = [
+                b for name, b in self.file.bundles.items() if name.startswith(f"{i}.neurons")
+            ]
             neuron = sum(b.decoded_bytes // b.shape[0] for b in bundles)
             capacity = left // len(mlps) // neuron
             if not capacity:

@@ -30,6 +30,9 @@ class Matrix(Protocol):
     @property
     def plain_bytes(self) -> int: ...  # noqa: D102
 
+    @property
+    def work_bytes(self) -> int: ...  # noqa: D102
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -61,6 +64,7 @@ class Plan:
         n_ring: places of the ring; 0 where all is resident.
         slot_bytes: of a place.
         scratch_bytes: for what is read and not yet decoded.
+        work_bytes: of the decoder.
         read_bytes: that a pass reads.
         decoded_bytes: that a pass decodes.
         plain_bytes: that a pass would read without a codec.
@@ -72,6 +76,7 @@ class Plan:
     n_ring: int
     slot_bytes: int
     scratch_bytes: int
+    work_bytes: int
     read_bytes: int
     decoded_bytes: int
     plain_bytes: int
@@ -79,7 +84,8 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         """Of all that is held."""
-        return self.resident_bytes + self.n_ring * self.slot_bytes + self.scratch_bytes
+        decoding = self.scratch_bytes + self.work_bytes
+        return self.resident_bytes + self.n_ring * self.slot_bytes + decoding
 
     def seconds(self, rates: Rates) -> float:
         """Of reading and decoding what one pass needs, one after the other."""
@@ -131,12 +137,12 @@ def planned(
     Raises:
         BudgetExceeded: what is pinned and one other matrix do not fit.
     """
-    scratch = max((m.n_bytes for m in matrices if m.codec), default=0)
+    decoding = sum(_decoding(matrices))
     sizes = {m.name: _held(m) for m in matrices}
-    if sum(sizes.values()) + scratch <= budget:
-        return _plan(matrices, frozenset(sizes), 0, 0, scratch)
+    if sum(sizes.values()) + decoding <= budget:
+        return _plan(matrices, frozenset(sizes), 0, 0)
     slot = max((sizes[m.name] for m in matrices if m.name not in pinned), default=0)
-    fixed = sum(sizes[name] for name in pinned) + scratch
+    fixed = sum(sizes[name] for name in pinned) + decoding
     if fixed + slot > budget:
         raise BudgetExceeded(
             f"{readable(fixed)} have to be held and the largest matrix takes {readable(slot)}; the "
@@ -151,7 +157,14 @@ def planned(
         if name not in stays and sizes[name] <= left:
             stays.add(name)
             left -= sizes[name]
-    return _plan(matrices, stays, n_ring, slot, scratch)
+    return _plan(matrices, stays, n_ring, slot)
+
+
+def _decoding(matrices: Sequence[Matrix]) -> tuple[int, int]:
+    """Bytes of the scratch and of the decoder's work."""
+    coded = [m for m in matrices if m.codec]
+    scratch = max((m.n_bytes for m in coded), default=0)
+    return scratch, max((m.work_bytes for m in coded), default=0)
 
 
 def _held(matrix: Matrix) -> int:
@@ -159,9 +172,8 @@ def _held(matrix: Matrix) -> int:
     return max(matrix.decoded_bytes, 0 if matrix.codec else matrix.n_bytes)
 
 
-def _plan(
-    matrices: Sequence[Matrix], stays: Collection[str], n_ring: int, slot: int, scratch: int
-) -> Plan:
+def _plan(matrices: Sequence[Matrix], stays: Collection[str], n_ring: int, slot: int) -> Plan:
+    scratch, work = _decoding(matrices)
     streamed = [m for m in matrices if m.name not in stays]
     return Plan(
         resident=tuple(m.name for m in matrices if m.name in stays),
@@ -170,6 +182,7 @@ def _plan(
         n_ring=n_ring if streamed else 0,
         slot_bytes=slot if streamed else 0,
         scratch_bytes=scratch,
+        work_bytes=work,
         read_bytes=sum(m.n_bytes for m in streamed),
         decoded_bytes=sum(m.decoded_bytes for m in streamed if m.codec),
         plain_bytes=sum(m.plain_bytes for m in streamed),

@@ -20,7 +20,7 @@ Tensor: TypeAlias = torch.Tensor
 
 @dataclass(frozen=True)
 class WeightPolicy:
-    """Matrices of the decoder layers, one after the other. A policy holds knobs and nothing else."""
+    """Whole matrices, one after the other. A policy holds knobs and nothing else."""
 
     card: ClassVar[Card]
 
@@ -53,12 +53,13 @@ class NeuronPolicy(WeightPolicy):
         """Newest tokens whose neurons stay; 0 lets all go after each pass."""
         return 0
 
-    def learn(self, x: Tensor, fires: Tensor) -> Mapping[str, Tensor]:
+    def learn(self, x: Tensor, fires: Tensor, gate: Tensor) -> Mapping[str, Tensor]:
         """What will be known of a layer when neurons are predicted; it is stored in the file.
 
         Args:
             x: (N, D), what the feed-forward layer was given.
             fires: (N, F), bool.
+            gate: (F, D), the matrix whose product decides about that.
         """
         return {}
 
@@ -70,4 +71,6 @@ class NeuronPolicy(WeightPolicy):
 def check_grid(grid: str) -> None:
     """Refuse a number format that matrices are not stored in."""
     if grid and grid not in FLOATS:
-        raise InvalidKnob(f"grid={grid!r}: matrices are stored in {', '.join(FLOATS)}, or as they are")
+        raise InvalidKnob(
+            f"grid={grid!r}: matrices are stored in {', '.join(FLOATS)}, or as they are"
+        )

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from memwise.budget import Budget, BudgetLike, Ledger, readable
-from memwise.codec.spec import FLOATS, parse
+from memwise.codec.spec import BLOCK, FLOATS, parse
 from memwise.codec.th import Packed, codec
 from memwise.context.engine.weight_plan import Plan, Rates, planned
 from memwise.errors import InvalidKnob, StoreCorrupt
@@ -36,6 +36,7 @@ Tensor: TypeAlias = torch.Tensor
 
 PAGE = 4096  # bundles begin at multiples of it, as direct reads would want
 ALIGN = 64  # arrays inside of a bundle
+_WORK = 16  # bytes of a coordinate while a block of a codec is decoded
 _MAGIC = b"memwise.weights1"
 _CHUNK = 1 << 20  # bytes at once while a file is checked
 _N_READERS = 4  # threads for scattered rows: one queue of a disk is not full with one
@@ -100,6 +101,11 @@ class Bundle:
             return self.decoded_bytes
         return int(np.prod(self.shape)) * spec.grid.bits // 8
 
+    @property
+    def work_bytes(self) -> int:
+        """Bytes that its decoder needs beside what it reads and writes."""
+        return _WORK * min(BLOCK, int(np.prod(self.shape))) if self.codec else 0
+
     def decode(self, raw: Tensor, out: Tensor) -> None:
         """Write the matrix that the bytes `raw` stand for to `out`."""
         arrays = {part.name: part.of(raw) for part in self.parts}
@@ -133,7 +139,9 @@ class Counters:
 
     def since(self, before: Counters) -> Counters:
         """What came on top of an earlier copy."""
-        return Counters(*(a - b for a, b in zip(vars(self).values(), vars(before).values(), strict=True)))
+        return Counters(
+            *(a - b for a, b in zip(vars(self).values(), vars(before).values(), strict=True))
+        )
 
     def copy(self) -> Counters:
         """As it stands now."""
@@ -219,6 +227,9 @@ class WeightFile:
         except BaseException:
             os.close(self._fd)
             raise
+        if not keep_pages and self.can_drop:
+            # Read ahead of what was asked for, pages would stay that nobody drops.
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
         self._readers = ThreadPoolExecutor(_N_READERS, "memwise-rows")
 
     @property
@@ -295,7 +306,9 @@ class WeightFile:
                 raise StoreCorrupt(f"{self.path} ends at byte {offset + at}: it was cut meanwhile")
             at += got
         if not self.keep_pages and self.can_drop:
-            os.posix_fadvise(self._fd, offset, at, os.POSIX_FADV_DONTNEED)
+            first = offset - offset % PAGE  # only whole pages are dropped
+            last = offset + at + -(offset + at) % PAGE
+            os.posix_fadvise(self._fd, first, last - first, os.POSIX_FADV_DONTNEED)
         return time.perf_counter() - start
 
     def _count(self, n_bytes: int, n_reads: int) -> None:
@@ -340,7 +353,7 @@ def _dtype(name: str) -> torch.dtype:
 # --- the ring
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     """A place of the ring, what it holds, and when that is there."""
 
@@ -378,6 +391,7 @@ class WeightStore:
         self._thread = ThreadPoolExecutor(1, "memwise-weights")
         self._after = dict(zip(self.plan.streamed, _turned(self.plan.streamed), strict=True))
         self._last = ""
+        self.ledger.add("host", "decoder", self.plan.work_bytes)
         self._scratch = self._buffer("scratch", self.plan.scratch_bytes)
         self.resident = dict(self._loaded())
         self._slots = [
@@ -394,7 +408,7 @@ class WeightStore:
         self._thread.shutdown(cancel_futures=True)
         self.resident.clear()
         self._slots.clear()
-        for kind in ("resident", "ring", "scratch"):
+        for kind in ("resident", "ring", "scratch", "decoder"):
             self.ledger.release("host", kind)
 
     def fetch(self, name: str) -> Tensor:

@@ -82,7 +82,7 @@ class LLMInAFlash(NeuronPolicy):
         return self.keep
 
     @torch.enable_grad()
-    def learn(self, x: Tensor, fires: Tensor) -> Mapping[str, Tensor]:
+    def learn(self, x: Tensor, fires: Tensor, gate: Tensor) -> Mapping[str, Tensor]:
         draws = torch.Generator().manual_seed(self.seed)
         width, n_neurons = x.shape[1], fires.shape[1]
         rank = min(self.rank, width)

@@ -1,0 +1,300 @@
+"""Pruned matrices of Gemma-3-270M on a disk: bytes, a cold load, and tokens a second, beside dense.
+
+Half of each row is set to zero by magnitude. The layers are the paired items: what a pass reads of
+each, dense and in the method's format, both in bf16. Time is measured in turns, with pages dropped
+after each read: a pass of loading alone, and whole tokens inside one budget; a slow link is the
+same disk held to a rate.
+
+What must hold: every matrix comes back to the bit; bytes are those of the formula; columns and row
+ends (CSR) gain nothing at one half; the streamed model's logits are the resident model's; and what
+the plan says beforehand about time is what is measured, on this disk and on the slow link.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import DynamicCache
+
+from memwise.bench.data import data_folder
+from memwise.bench.engine import Row, paired_interval
+from memwise.budget import readable
+from memwise.catalogue import load
+from memwise.codec.th import codec
+from memwise.context.engine.pruning import prune
+from memwise.context.engine.streaming import streamed
+from memwise.context.engine.weight_plan import Rates
+from memwise.context.engine.weight_policy import WeightPolicy
+from memwise.context.engine.weight_store import ALIGN, Bundle, WeightFile, WeightStore
+from memwise.models import LocalModel, local_model
+
+RATIO, GRID = 0.5, "bf16"
+BUDGET = 120_000_000  # bytes; the matrices take 400 MB in float32
+N_ROUNDS, N_TOKENS = 5, 4
+SLOW_BYTES_S, N_SLOW = 50e6, 14  # a card or a network disk; the matrices of two layers
+N_CALIBRATION, N_JUDGED = 128, 192  # tokens
+
+Values = NDArray[np.float64]
+
+
+class Slow(WeightFile):
+    """A file whose bytes come no faster than a link would bring them."""
+
+    def _into(self, place: Tensor, offset: int) -> float:
+        seconds = super()._into(place, offset)
+        wanted = len(place) / SLOW_BYTES_S
+        time.sleep(max(0.0, wanted - seconds))
+        return max(seconds, wanted)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of some rounds.
+
+    Attributes:
+        load_s: of reading and decoding one pass.
+        token_s: of a token.
+        rates: of the last round.
+        pays: whether the plan says that the codec pays.
+        verdict: that in words.
+    """
+
+    load_s: Values
+    token_s: Values
+    rates: Rates
+    pays: bool
+    verdict: str
+
+
+def run(method: Any, data: Path | None, seed: int) -> list[Row]:
+    """Rows of bytes, of seconds on this disk and on a slow link, of tokens, and of the loss."""
+    gemma = local_model()
+    article = (data_folder(data) / "wikitext2" / "test_first_half.txt").read_text("utf-8")
+    ids = torch.tensor([gemma.tokenizer(article[:8000]).input_ids])
+    given, judged = ids[:, :N_CALIBRATION], ids[:, N_CALIBRATION : N_CALIBRATION + N_JUDGED]
+    whole = gemma.model.to(torch.bfloat16).float()  # numbers that bf16 can hold
+    losses = {"unpruned": _nll(gemma, judged)}
+    kept = {name: p.detach().clone() for name, p in whole.model.layers.named_parameters()}
+    prune(whole, RATIO, given)
+    losses["by the inputs' norms too"] = _nll(gemma, judged)
+    for name, param in whole.model.layers.named_parameters():
+        param.data.copy_(kept[name])
+    del kept
+    prune(whole, RATIO)
+    losses["pruned by magnitude"] = _nll(gemma, judged)
+    policies: dict[str, WeightPolicy] = {
+        "dense": replace(load("context/layer_stream")(), grid=GRID),
+        "sparse": replace(method, grid=GRID),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: Path(folder) / name for name in policies}
+        expected = _logits(whole, judged)
+        made = {n: _made(whole, policies[n], paths[n], judged, expected) for n in policies}
+        bundles = {n: made[n].bundles for n in policies}
+        exact = all(one.exact for one in made.values())
+        bytes_row = _bytes(whole, bundles["dense"], bundles["sparse"], exact, seed)
+        timed = {n: _timed(whole, policies[n], paths[n], judged) for n in policies}
+        slow = {n: _slow(paths[n], made[n].mark) for n in policies}
+    held = max(one.held_bytes for one in made.values())
+    return [bytes_row, *_times(timed, slow, held, seed), _losses(losses, seed)]
+
+
+# --- bytes
+
+
+@dataclass(frozen=True)
+class Made:
+    """A file of weights.
+
+    Attributes:
+        exact: the streamed model's logits, and all weights afterwards, are what they were.
+        held_bytes: most that was held at one moment.
+        bundles: what is in it.
+        mark: its fingerprint.
+    """
+
+    exact: bool
+    held_bytes: int
+    bundles: Mapping[str, Bundle]
+    mark: Mapping[str, str]
+
+
+def _made(lm: Any, policy: WeightPolicy, path: Path, ids: Tensor, expected: Tensor) -> Made:
+    """Make the file, with every matrix through the ring once."""
+    before = [p.detach().clone() for p in lm.model.layers.parameters()]
+    with streamed(lm, policy, path, BUDGET) as stream:
+        same = torch.equal(_logits(lm, ids), expected)
+        held = stream.store.ledger.peak()
+    same &= all(map(_same, before, lm.model.layers.parameters()))
+    return Made(same, held, stream.file.bundles, stream.mark)
+
+
+def _bytes(
+    lm: Any, dense_ones: Mapping[str, Bundle], bundles: Mapping[str, Bundle], exact: bool, seed: int
+) -> Row:
+    layers = range(len(lm.model.layers))
+    dense, mine = (
+        np.array([
+            sum(b.n_bytes for name, b in some.items() if name.startswith(f"{i}.")) for i in layers
+        ], float)
+        for some in (dense_ones, bundles)
+    )  # fmt: skip
+    formula = True
+    csr, n_nonzero, n_all = [0] * len(lm.model.layers), 0, 0
+    for i, layer in enumerate(lm.model.layers):
+        for key, weight in layer.named_parameters():
+            if weight.ndim != 2:
+                continue
+            count = int(torch.count_nonzero(weight))
+            n_bytes = bundles[f"{i}.{key.removesuffix('.weight')}"].n_bytes
+            wanted = weight.shape[0] * -(-weight.shape[1] // 8) + 2 * count
+            formula &= wanted <= n_bytes < wanted + 2 * ALIGN
+            csr[i] += by_columns(weight.bfloat16())
+            n_nonzero, n_all = n_nonzero + count, n_all + weight.numel()
+    ratio = mine / dense
+    return Row(
+        "bytes a pass reads of a layer / dense", float(ratio.mean()), 1.0,
+        paired_interval(ratio, np.ones(len(ratio)), seed), len(ratio),
+        {
+            "formula, 1/16 + the share of non-zeros": 1 / 16 + n_nonzero / n_all,
+            "columns of 16 bits and row ends (CSR)": float(np.sum(csr) / dense.sum()),
+        },
+        {
+            "every matrix comes back to the bit, logits too": exact,
+            "bytes are the formula's": formula,
+            "-0.0, NaN, empty rows and ragged ends come back": _hard_ones(),
+            "CSR gains nothing at one half": float(np.sum(csr)) >= float(dense.sum()),
+        },
+        bytes=int(mine.sum()), baseline_bytes=int(dense.sum()),
+        data=f"Gemma-3-270M, {RATIO:.0%} of each row zero by magnitude",
+    )  # fmt: skip
+
+
+def by_columns(weight: Tensor) -> int:
+    """Bytes of a matrix as values, columns in 16 bits and row ends in 32."""
+    rows, columns = weight.view(torch.int16).nonzero(as_tuple=True)
+    ends = torch.bincount(rows, minlength=len(weight)).cumsum(0).int()
+    arrays = (weight[rows, columns], columns.to(torch.int16), ends)
+    return sum(array.nbytes for array in arrays)
+
+
+def _hard_ones() -> bool:
+    """A matrix of all that a format may lose."""
+    x = torch.zeros(5, 13, dtype=torch.bfloat16)
+    x[0, ::2], x[2, 12], x[4, 3] = -0.0, torch.nan, torch.inf
+    own = codec(f"{GRID}/sparse")
+    return _same(x, own.decode(own.encode(x)))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.detach().view(torch.uint8), b.detach().view(torch.uint8))
+
+
+# --- seconds
+
+
+def _timed(lm: Any, policy: WeightPolicy, path: Path, ids: Tensor) -> Timed:
+    load_s, token_s = [], []
+    with streamed(lm, policy, path, BUDGET, keep_pages=False) as stream:
+        store = stream.store
+        cache = DynamicCache()
+        with torch.no_grad():
+            lm(input_ids=ids[:, :8], past_key_values=cache)
+            for _ in range(N_ROUNDS):
+                rates = store.measure(len(store.plan.streamed))
+                load_s.append(store.plan.seconds(rates))
+                stream.file.drop_pages()
+                start = time.perf_counter()
+                for i in range(N_TOKENS):
+                    lm(input_ids=ids[:, 8 + i : 9 + i], past_key_values=cache)
+                token_s.append((time.perf_counter() - start) / N_TOKENS)
+        return Timed(
+            np.array(load_s), np.array(token_s), rates, store.plan.pays(rates),
+            store.plan.verdict(rates),
+        )  # fmt: skip
+
+
+def _slow(path: Path, mark: Mapping[str, str]) -> Timed:
+    """Loading alone, of some matrices, from a slow link."""
+    file = Slow(path, mark)
+    names = list(file.bundles)[:N_SLOW]
+    try:
+        largest = max(file.bundles[name].decoded_bytes for name in names)
+        store = WeightStore(file, 4 * largest, names)
+        rates = store.measure(len(names))
+        seconds = np.array([store.plan.seconds(rates)])
+        found = Timed(seconds, seconds, rates, store.plan.pays(rates), store.plan.verdict(rates))
+        store.close()
+    finally:
+        file.close()
+    return found
+
+
+def _times(
+    timed: Mapping[str, Timed], slow: Mapping[str, Timed], held_bytes: int, seed: int
+) -> list[Row]:
+    mine, dense = timed["sparse"], timed["dense"]
+    on_link = float(slow["sparse"].load_s[0] / slow["dense"].load_s[0])
+    n = len(mine.load_s)
+    base_load, base_token = float(dense.load_s.mean()), float(dense.token_s.mean())
+    load_ratio = float(mine.load_s.mean()) / base_load
+    return [
+        Row(
+            "seconds of a cold load / dense", load_ratio, 1.0,
+            paired_interval(mine.load_s / base_load, dense.load_s / base_load, seed), n,
+            {
+                "disk, MB/s": dense.rates.read_bytes_s / 1e6,
+                "decoding, GB/s": mine.rates.decode_bytes_s / 1e9,
+                "dense bf16 to float32, GB/s": dense.rates.decode_bytes_s / 1e9,
+                f"from a link of {SLOW_BYTES_S / 1e6:.0f} MB/s": on_link,
+            },
+            {
+                "the plan says which is faster, on this disk": mine.pays == (load_ratio < 1),
+                "the plan says which is faster, on the link": slow["sparse"].pays == (on_link < 1),
+                "on the link it pays": on_link < 1,
+            },
+            primary=False, data="pages dropped after each read", note=mine.verdict,
+        ),
+        Row(
+            "tokens a second / dense", base_token / float(mine.token_s.mean()), 1.0,
+            paired_interval(base_token / mine.token_s, base_token / dense.token_s, seed), n,
+            {}, {"inside the budget": held_bytes <= BUDGET}, bytes=held_bytes,
+            primary=False, data=f"cold, {readable(BUDGET)} for the matrices of the layers",
+            note=f"one token at a time; {base_token:.2f} s a token dense",
+        ),
+    ]  # fmt: skip
+
+
+# --- loss
+
+
+def _losses(losses: Mapping[str, Values], seed: int) -> Row:
+    value, plain = losses["pruned by magnitude"], losses["unpruned"]
+    return Row(
+        "nat per token of the pruned model", float(value.mean()), float(plain.mean()),
+        paired_interval(value, plain, seed), len(value),
+        {"by magnitude times the inputs' norms": float(losses["by the inputs' norms too"].mean())},
+        primary=False, data=f"WikiText-2, {N_JUDGED} tokens",
+        note="what pruning without repair costs, whatever the format; the baseline is unpruned",
+    )  # fmt: skip
+
+
+def _nll(gemma: LocalModel, ids: Tensor) -> Values:
+    nll = F.cross_entropy(_logits(gemma.model, ids)[0, :-1], ids[0, 1:], reduction="none")
+    return nll.double().numpy()
+
+
+@torch.no_grad()
+def _logits(lm: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = lm(input_ids=ids, use_cache=False).logits
+    return logits.float()
