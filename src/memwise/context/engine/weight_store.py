@@ -143,6 +143,12 @@ class Counters:
             *(a - b for a, b in zip(vars(self).values(), vars(before).values(), strict=True))
         )
 
+    def __str__(self) -> str:
+        return (
+            f"{readable(self.bytes_read)} in {self.reads} reads, {self.read_s:.2f} s reading, "
+            f"{self.decode_s:.2f} s decoding, {self.wait_s:.2f} s waiting"
+        )
+
     def copy(self) -> Counters:
         """As it stands now."""
         return Counters(**vars(self))
@@ -227,9 +233,10 @@ class WeightFile:
         except BaseException:
             os.close(self._fd)
             raise
-        if not keep_pages and self.can_drop:
-            # Read ahead of what was asked for, pages would stay that nobody drops.
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+        self._scattered = os.open(self.path, os.O_RDONLY)
+        if self.can_drop:
+            # Advice of its own: reading ahead makes whole matrices faster, and rows slower.
+            os.posix_fadvise(self._scattered, 0, 0, os.POSIX_FADV_RANDOM)
         self._readers = ThreadPoolExecutor(_N_READERS, "memwise-rows")
 
     @property
@@ -240,6 +247,7 @@ class WeightFile:
     def close(self) -> None:
         """Give the file back."""
         self._readers.shutdown()
+        os.close(self._scattered)
         os.close(self._fd)
 
     def drop_pages(self) -> None:
@@ -288,7 +296,7 @@ class WeightFile:
 
         def run(first: int, last: int) -> float:
             place = flat[first * width : last * width]
-            return self._into(place, bundle.offset + int(rows[first]) * width)
+            return self._into(place, bundle.offset + int(rows[first]) * width, self._scattered)
 
         if len(starts) == 1:
             seconds = run(0, len(rows))
@@ -297,11 +305,12 @@ class WeightFile:
         self.counters.read_s += seconds
         self._count(len(flat), len(starts))
 
-    def _into(self, place: Tensor, offset: int) -> float:
+    def _into(self, place: Tensor, offset: int, fd: int | None = None) -> float:
         """Fill bytes from the file; the seconds that it took."""
+        source = self._fd if fd is None else fd
         start, view, at = time.perf_counter(), memoryview(place.numpy()), 0
         while at < len(view):
-            got = os.preadv(self._fd, [view[at:]], offset + at)
+            got = os.preadv(source, [view[at:]], offset + at)
             if not got:
                 raise StoreCorrupt(f"{self.path} ends at byte {offset + at}: it was cut meanwhile")
             at += got
@@ -500,11 +509,3 @@ def _padded(bundle: Bundle) -> int:
 
 def _turned(names: Sequence[str]) -> list[str]:
     return [*names[1:], *names[:1]]
-
-
-def describe(counters: Counters) -> str:
-    """Counters for people."""
-    return (
-        f"{readable(counters.bytes_read)} in {counters.reads} reads, {counters.read_s:.2f} s "
-        f"reading, {counters.decode_s:.2f} s decoding, {counters.wait_s:.2f} s waiting"
-    )

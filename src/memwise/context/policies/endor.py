@@ -31,7 +31,7 @@ class Endor(WeightPolicy):
 
     Note:
         Expansion is a search for set bits and a scatter on one core, which may be slower than the
-        disk; the paper's is a kernel on a GPU. `store.plan.verdict(store.measure())` says whether
+        disk; the paper's is a kernel on a GPU. `verdict()` of what `streamed` yields says whether
         the format pays on a machine. Quantised numbers, which the paper adds, are left out.
     """
 
