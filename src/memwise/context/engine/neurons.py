@@ -25,6 +25,7 @@ Tensor: TypeAlias = torch.Tensor
 Ids: TypeAlias = NDArray[np.int64]
 
 INPUTS, OUTPUT = ("gate_proj", "up_proj"), "down_proj"
+_MOVED = 16  # rows that are moved at once
 _PROBE = (-8.0, -1.0, -1e-3, 0.0)  # where a neuron has to be silent
 
 
@@ -86,6 +87,21 @@ class Held:
         self._place = np.full(n_all, -1)  # of each neuron
         self.fired = np.full(n_all, -1)  # the newest token that each fired for
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of what is preallocated, and of rows on their way to another place."""
+        rows = sum(matrix.untyped_storage().nbytes() for matrix in self.matrices)
+        notes = self._ids.nbytes + self._place.nbytes + self.fired.nbytes
+        return rows + notes + _MOVED * max(matrix[:1].nbytes for matrix in self.matrices)
+
+    @staticmethod
+    def room(n_bytes: int, bundles: Sequence[Bundle]) -> int:
+        """Neurons that fit in so many bytes."""
+        a_row = max(b.decoded_bytes // b.shape[0] for b in bundles)
+        a_neuron = sum(b.decoded_bytes // b.shape[0] for b in bundles)
+        fixed = 2 * 8 * bundles[0].shape[0] + _MOVED * a_row
+        return max(0, (n_bytes - fixed) // (a_neuron + 8))
+
     def ids(self) -> Ids:
         """The neurons that are held, in the order of their places."""
         return self._ids[: self.n]
@@ -122,8 +138,10 @@ class Held:
         stays = np.ones(self.n - left, bool)
         stays[places[places >= left] - left] = False
         movers = left + np.flatnonzero(stays)
-        for matrix in self.matrices:
-            matrix[torch.from_numpy(holes)] = matrix[torch.from_numpy(movers)]
+        for first in range(0, len(holes), _MOVED):
+            to, of = (torch.from_numpy(i[first : first + _MOVED]) for i in (holes, movers))
+            for matrix in self.matrices:
+                matrix[to] = matrix[of]
         self._place[ids] = -1
         self._ids[holes] = self._ids[movers]
         self._place[self._ids[holes]] = holes

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from memwise.budget import Budget, BudgetLike
+from memwise.budget import Budget, BudgetLike, readable
 from memwise.context.engine import neurons
 from memwise.context.engine.host import decoder_of
 from memwise.context.engine.neurons import Held, SparseFFN
@@ -88,7 +88,7 @@ class Stream:
         self.model, self.policy = model, policy
         self._layers = list(decoder_of(model).layers)  # type: ignore[arg-type]
         self._modules = _linears(self._layers)
-        self._by_neurons = isinstance(policy, NeuronPolicy)
+        self._own = self._own_names()
         self.mark = {"model": _fingerprint(self._modules), "layout": policy.layout}
         is_new = not path.exists()
         if is_new:
@@ -101,7 +101,7 @@ class Stream:
                 self.file.check()
             self._release()
             self.store = self._opened(budget, n_ring)
-            self._install(budget)
+            self._install()
         except BaseException:
             self.close()
             raise
@@ -125,8 +125,7 @@ class Stream:
     # --- making a file
 
     def _matrices(self, text: Tensor | None) -> Iterator[tuple[str, Tensor, str]]:
-        own = self._own_names()
-        for name in own:
+        for name in self._own:
             weight = self._modules[name].weight
             yield name, weight, self.policy.codec(weight)
         if not isinstance(self.policy, NeuronPolicy):
@@ -158,7 +157,7 @@ class Stream:
 
     def _own_names(self) -> list[str]:
         """Matrices that are stored whole."""
-        if not self._by_neurons:
+        if not isinstance(self.policy, NeuronPolicy):
             return list(self._modules)
         within = {id(m) for mlp in self._mlps() for m in neurons.matrices_of(mlp).values()}
         return [name for name, module in self._modules.items() if id(module) not in within]
@@ -167,26 +166,24 @@ class Stream:
 
     def _release(self) -> None:
         """Take the weights from the model; they come back when it is closed."""
-        own = set(self._own_names())
-        for i, mlp in enumerate(self._mlps() if self._by_neurons else ()):
+        by_neurons = isinstance(self.policy, NeuronPolicy)
+        for i, mlp in enumerate(self._mlps() if by_neurons else ()):
             matrices = neurons.matrices_of(mlp)
             for module in matrices.values():
                 _empty(module)
             self._undo.append(lambda i=i, m=matrices: self._give_rows(i, list(m.values())))
-        for name in own:
+        for name in self._own:
             module = self._modules[name]
             _empty(module)
             self._undo.append(lambda name=name, module=module: self._give(name, module))
 
     def _opened(self, budget: Budget, n_ring: int) -> WeightStore:
-        own = self._own_names()
         known = [name for name in self.file.bundles if ".known." in name]
-        if self._by_neurons:
-            return WeightStore(self.file, budget, own, pinned=[*own, *known], n_ring=n_ring)
-        return WeightStore(self.file, budget, own, n_ring=n_ring)
+        stays = [*self._own, *known] if isinstance(self.policy, NeuronPolicy) else []
+        return WeightStore(self.file, budget, self._own, stays, n_ring)
 
-    def _install(self, budget: Budget) -> None:
-        for name in self._own_names():
+    def _install(self) -> None:
+        for name in self._own:
             module = self._modules[name]
             if name in self.store.resident:
                 module.weight.data = self.store.resident[name]
@@ -205,12 +202,11 @@ class Stream:
             bundles = [
                 b for name, b in self.file.bundles.items() if name.startswith(f"{i}.neurons")
             ]
-            neuron = sum(b.decoded_bytes // b.shape[0] for b in bundles)
-            capacity = left // len(mlps) // neuron
+            capacity = Held.room(left // len(mlps), bundles)
             if not capacity:
                 raise BudgetExceeded(
-                    f"no neuron of {neuron} bytes fits in each of {len(mlps)} layers beside what "
-                    f"stays resident; raise budget= by at least {neuron * len(mlps) - left} bytes"
+                    f"{readable(left)} are left for the neurons of {len(mlps)} layers beside what "
+                    "stays resident, and not one fits in each: raise budget="
                 )
             prefix = f"{i}.known."
             known = {
@@ -219,8 +215,7 @@ class Stream:
                 if name.startswith(prefix)
             }
             held = Held(self.file, bundles, len(neurons.matrices_of(mlp)), capacity)
-            size = sum(m.untyped_storage().nbytes() for m in held.matrices)
-            self.store.ledger.add("host", "neurons", size)
+            self.store.ledger.add("host", "neurons", held.n_bytes)
             sparse = SparseFFN(mlp, policy, known, held)
             self.sparse.append(sparse)
             mlp.forward = sparse.forward
