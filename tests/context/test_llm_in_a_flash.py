@@ -75,6 +75,8 @@ def test_with_an_exact_predictor_logits_are_the_plain_models(
             torch.no_grad(),
         ):
             torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-9)
+            with torch.inference_mode():
+                model(ids[:1])
             again = model.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0)
             assert torch.equal(again, text)
             assert stream.store.ledger.peak() <= budget

@@ -16,6 +16,7 @@ from hypothesis import strategies as st  # noqa: E402
 from tests.context.conftest import llama, tokens  # noqa: E402
 
 from memwise.budget import Budget  # noqa: E402
+from memwise.context.engine.host import bounded, bytes_for  # noqa: E402
 from memwise.context.engine.streaming import streamed  # noqa: E402
 from memwise.context.engine.weight_plan import Rates, planned  # noqa: E402
 from memwise.context.engine.weight_store import (  # noqa: E402
@@ -26,6 +27,7 @@ from memwise.context.engine.weight_store import (  # noqa: E402
 )
 from memwise.context.policies.endor import Endor  # noqa: E402
 from memwise.context.policies.layer_stream import LayerStream  # noqa: E402
+from memwise.context.policies.streaming_llm import StreamingLLM  # noqa: E402
 from memwise.errors import (  # noqa: E402
     BudgetExceeded,
     InvalidKnob,
@@ -321,7 +323,7 @@ def generated(model: Any, ids: Any) -> Any:
     return model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
 
 
-@pytest.mark.parametrize("share", [0.35, 0.6, 2.0])
+@pytest.mark.parametrize("share", [0.4, 2.0])
 @pytest.mark.parametrize(
     ("policy", "dtype"),
     [(LayerStream(), "float64"), (LayerStream(), "float32"), (Endor(), "float32")],
@@ -368,6 +370,33 @@ def test_gradients_are_refused_instead_of_wrong(tmp_path: Any) -> None:
         pytest.raises(InvalidKnob, match="no_grad"),
     ):
         model(tokens(1, 4))
+
+
+def test_it_goes_with_a_bounded_cache(model: Any, tmp_path: Any) -> None:
+    ids, policy = tokens(1, 40), StreamingLLM()
+    budget = bytes_for(model, policy, 16, chunk=8)
+
+    def scored() -> Any:
+        with bounded(model, policy, budget, chunk=8) as cache, torch.no_grad():
+            return model(ids, past_key_values=cache).logits
+
+    expected = scored()
+    with streamed(model, LayerStream(), tmp_path / "w", matrix_bytes(model) // 2):
+        assert torch.equal(scored(), expected)
+
+
+def test_inference_mode_works_as_well(tmp_path: Any) -> None:
+    model, ids = llama(), tokens(2, 9)
+    with torch.no_grad():
+        expected = model(ids).logits
+    with streamed(model, LayerStream(), tmp_path / "w", matrix_bytes(model) // 2):
+        with torch.inference_mode():
+            assert torch.equal(model(ids).logits, expected)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+    model(ids).logits.sum().backward()  # and it is a model that can be trained again
 
 
 def test_another_model_or_format_does_not_take_the_file(tmp_path: Any) -> None:

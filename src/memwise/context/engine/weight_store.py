@@ -417,6 +417,7 @@ class WeightStore:
         self._thread.shutdown(cancel_futures=True)
         self.resident.clear()
         self._slots.clear()
+        self._scratch = self._scratch.new_empty(0)
         for kind in ("resident", "ring", "scratch", "decoder"):
             self.ledger.release("host", kind)
 
