@@ -234,7 +234,10 @@ def test_a_plan_says_whether_a_codec_pays() -> None:
     assert plan.pays(slow)
     assert not plan.pays(fast)
     assert "does not pay" in plan.verdict(fast)
-    assert "pays" in plan.verdict(slow)
+    assert "the codec pays" in plan.verdict(slow)
+    edge = plan.break_even(fast)
+    assert plan.pays(Rates(edge * 0.99, 1e9))
+    assert not plan.pays(Rates(edge * 1.01, 1e9))
     assert "no codec" in planned([Known("a", "", 1, 1, 1)], Budget(9)).verdict(fast)
 
 

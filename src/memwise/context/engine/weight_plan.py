@@ -99,6 +99,11 @@ class Plan:
         """Whether the codec makes a pass faster than its plain numbers would be."""
         return self.seconds(rates) < self.plain_seconds(rates)
 
+    def break_even(self, rates: Rates) -> float:
+        """Bytes a second of a disk below which the codec pays; infinite without decoding."""
+        decode_s = self.decoded_bytes / rates.decode_bytes_s
+        return (self.plain_bytes - self.read_bytes) / decode_s if decode_s else float("inf")
+
     def verdict(self, rates: Rates) -> str:
         """In words, whether the codec pays on this machine."""
         if not self.decoded_bytes:
@@ -107,7 +112,8 @@ class Plan:
             f"a pass reads {readable(self.read_bytes)} instead of {readable(self.plain_bytes)}; at "
             f"{rates.read_bytes_s / 1e6:.0f} MB/s of the disk and "
             f"{rates.decode_bytes_s / 1e9:.2f} GB/s of decoding it takes "
-            f"{self.seconds(rates):.3f} s, plain {self.plain_seconds(rates):.3f} s"
+            f"{self.seconds(rates):.3f} s, plain {self.plain_seconds(rates):.3f} s; it pays on disks "
+            f"below {self.break_even(rates) / 1e6:.0f} MB/s"
         )
         if self.pays(rates):
             return f"the codec pays: {numbers}"
