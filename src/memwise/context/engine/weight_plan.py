@@ -112,8 +112,8 @@ class Plan:
             f"a pass reads {readable(self.read_bytes)} instead of {readable(self.plain_bytes)}; at "
             f"{rates.read_bytes_s / 1e6:.0f} MB/s of the disk and "
             f"{rates.decode_bytes_s / 1e9:.2f} GB/s of decoding it takes "
-            f"{self.seconds(rates):.3f} s, plain {self.plain_seconds(rates):.3f} s; it pays on disks "
-            f"below {self.break_even(rates) / 1e6:.0f} MB/s"
+            f"{self.seconds(rates):.3f} s, plain {self.plain_seconds(rates):.3f} s; it pays on "
+            f"disks below {self.break_even(rates) / 1e6:.0f} MB/s"
         )
         if self.pays(rates):
             return f"the codec pays: {numbers}"
