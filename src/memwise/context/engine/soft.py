@@ -1,4 +1,4 @@
-"""Memory that is learned: a trained model writes what it reads into a few slots, and only they stay.
+"""Memory that is learned: a model writes what it reads into a few slots, and only they stay.
 
 A compressor holds a model and whatever is trained for compressing. It makes of a text a cache of
 soft slots, with which `generate` goes on; what the text's own tokens left is dropped.
@@ -291,7 +291,7 @@ class Compressor(nn.Module):
         """
         if sees is None:
             sees = causal(cache.n_held if cache else 0, words.shape[1], words.device)
-        # Ours always: the model's own is wrong where a cache that is not empty has taken no position.
+        # The model's own is wrong where slots are there and no position is taken.
         mask = words.new_zeros(sees.shape).masked_fill(~sees, torch.finfo(words.dtype).min)
         mask = mask.expand(len(words), 1, -1, -1)
         logits: Tensor = self.model(
