@@ -77,7 +77,7 @@ class Keys(nn.Module):
         n_segments = int(self.draws.choice(_TRAINED))
         asked = _ask(ids[:, : n_segments * _SEGMENT], self.draws)
         told = [asked.line, asked.digits] if self.writes_line else [asked.digits]
-        return self.compressor.answer_loss(self.compressor.compress(asked.ids), torch.cat(told, 1))
+        return self.compressor.answer_loss(self.compressor.learnt(asked.ids), torch.cat(told, 1))
 
     def right(self, asked: Asked) -> NDArray[np.float64]:
         """Share of digits that the model writes rightly on its own (texts,)."""

@@ -202,8 +202,13 @@ class Compressor(nn.Module):
         added = [p for p in self.parameters() if p.data_ptr() not in own]
         return sum(p.untyped_storage().nbytes() for p in added)
 
+    @torch.no_grad()
     def compress(self, ids: Tensor) -> SoftCache:
-        """What a text (B, n) becomes; tokens after the last whole segment are held as they are."""
+        """What a text (B, n) becomes, to go on with; nothing is kept for gradients."""
+        return self.learnt(ids)
+
+    def learnt(self, ids: Tensor) -> SoftCache:
+        """The same with gradients; tokens after the last whole segment are held as they are."""
         raise NotImplementedError
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class VectorCompressor(Compressor):
         self.projections = nn.ModuleList(Projection(layer) for layer in self.host.decoder.layers)
         model.requires_grad_(trains_model)
 
-    def compress(self, ids: Tensor) -> SoftCache:
+    def learnt(self, ids: Tensor) -> SoftCache:
         """What a text (B, n) becomes; tokens after the last whole group are held as they are."""
         cache = SoftCache(len(self.host.shape.layer_types))
         n_whole = ids.shape[1] - ids.shape[1] % self.policy.group
@@ -131,7 +131,7 @@ class VectorCompressor(Compressor):
     def forward(self, ids: Tensor) -> Tensor:
         """Nat a token of writing the text out again from its vectors alone."""
         self.whole(ids, self.policy.group)
-        return self.answer_loss(self.compress(ids), ids)
+        return self.answer_loss(self.learnt(ids), ids)
 
     def answer_loss(self, cache: SoftCache, ids: Tensor) -> Tensor:
         """Nat a token of tokens (B, q) that are to be written from memory.

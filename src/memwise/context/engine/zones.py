@@ -81,7 +81,7 @@ class SegmentCompressor(Compressor):
         """
         raise NotImplementedError
 
-    def compress(self, ids: Tensor) -> SoftCache:
+    def learnt(self, ids: Tensor) -> SoftCache:
         """What a text (B, n) becomes; tokens after the last whole segment are held as they are."""
         cache = SoftCache(len(self.host.shape.layer_types))
         for segment in ids.split(self.policy.n_segment, 1):
