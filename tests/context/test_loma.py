@@ -257,6 +257,11 @@ def test_a_part_of_a_segment_is_not_trained_on() -> None:
         SMALL(llama())(tokens(1, 13))
 
 
+def test_a_text_of_no_tokens_is_refused() -> None:
+    with pytest.raises(InvalidKnob, match="nothing to compress"):
+        SMALL(llama()).compress(tokens(1, 0))
+
+
 @pytest.mark.parametrize("policy", [LoMA, MeanPooled])
 @pytest.mark.parametrize("knobs", [{"ratio": 0}, {"memory": 0}])
 def test_knobs_below_one_are_refused(policy: Any, knobs: dict[str, int]) -> None:

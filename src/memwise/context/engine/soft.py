@@ -204,7 +204,13 @@ class Compressor(nn.Module):
 
     @torch.no_grad()
     def compress(self, ids: Tensor) -> SoftCache:
-        """What a text (B, n) becomes, to go on with; nothing is kept for gradients."""
+        """What a text (B, n) becomes, to go on with; nothing is kept for gradients.
+
+        Raises:
+            InvalidKnob: there is no text.
+        """
+        if not ids.shape[1]:
+            raise InvalidKnob("a text of 0 tokens: there is nothing to compress")
         return self.learnt(ids)
 
     def learnt(self, ids: Tensor) -> SoftCache:
@@ -305,15 +311,16 @@ class Compressor(nn.Module):
         ).logits  # fmt: skip
         return logits
 
-    def whole(self, ids: Tensor, step: int) -> int:
-        """Segments of so many tokens in texts (B, n).
+    def check_whole(self, ids: Tensor, step: int) -> None:
+        """Refuse texts (B, n) that are no segments of so many tokens.
 
         Raises:
             InvalidKnob: a part of one is left over.
         """
         if ids.shape[1] == 0 or ids.shape[1] % step:
-            raise InvalidKnob(f"{ids.shape[1]} tokens are no whole segments of {step}: cut or pad")
-        return ids.shape[1] // step
+            raise InvalidKnob(
+                f"{ids.shape[1]} tokens are no whole segments of {step}: cut the text"
+            )
 
 
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:

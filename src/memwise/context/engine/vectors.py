@@ -130,7 +130,7 @@ class VectorCompressor(Compressor):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Nat a token of writing the text out again from its vectors alone."""
-        self.whole(ids, self.policy.group)
+        self.check_whole(ids, self.policy.group)
         return self.answer_loss(self.learnt(ids), ids)
 
     def answer_loss(self, cache: SoftCache, ids: Tensor) -> Tensor:

@@ -16,10 +16,18 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
+from torch import nn
 
 from memwise.context.engine.plan import FULL
 from memwise.context.engine.rotary import turn, turn_back
-from memwise.context.engine.soft import MEMORY, REPEAT, Compressor, SoftCache, cross_entropy
+from memwise.context.engine.soft import (
+    MEMORY,
+    REPEAT,
+    Compressor,
+    SoftCache,
+    SoftPolicy,
+    cross_entropy,
+)
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -44,8 +52,9 @@ class Zones:
     def of(cls, n_segments: int, n_tokens: int, n_slots: int) -> Zones:
         """Zones of segments of so many tokens and slots."""
         token, slot = torch.arange(n_tokens), slots_at(n_tokens, n_slots)
-        kinds = [torch.full_like(z, kind) for z, kind in ((token, 0), (slot, 1), (token, 2))]
-        at, kind = torch.cat([token, slot, token]), torch.cat(kinds)
+        lengths = torch.tensor([n_tokens, n_slots, n_tokens])
+        kind = torch.tensor([READS, REMEMBERS, REPEATS]).repeat_interleave(lengths)
+        at = torch.cat([token, slot, token])
         segment = torch.arange(n_segments).repeat_interleave(len(at))
         return cls(kind.repeat(n_segments), segment, at.repeat(n_segments) + segment * n_tokens)
 
@@ -125,7 +134,7 @@ class SegmentCompressor(Compressor):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Nat a token of reading on and of repeating (L = L_LM + L_repeat)."""
-        self.whole(ids, self.policy.n_segment)
+        self.check_whole(ids, self.policy.n_segment)
         read, repeated = self.both(ids)
         return cross_entropy(read[:, :-1], ids[:, 1:]) + cross_entropy(repeated, ids)
 
@@ -162,6 +171,10 @@ class PoolingCompressor(SegmentCompressor):
 
     A mean stands at the last position of its group.
     """
+
+    def __init__(self, policy: SoftPolicy, model: nn.Module, seed: int) -> None:
+        super().__init__(policy, model, seed)
+        self.host.rotary.check(FULL, self.host.shape.width)
 
     def settle(self, cache: SoftCache, ids: Tensor, n_old: int) -> None:
         """Average them by groups."""
