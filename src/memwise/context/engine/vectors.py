@@ -31,18 +31,43 @@ Tensor: TypeAlias = torch.Tensor
 
 
 class VectorPolicy(SoftPolicy):
-    """Which of the encoder's hidden states a layer of the decoder is given."""
+    """Which of the encoder's hidden states a layer of the decoder is given.
+
+    Attributes:
+        group: tokens that a vector stands for.
+        segment: tokens that the encoder reads at once; whole groups.
+        trains_decoder: whether the decoder learns together with the encoder.
+
+    Raises:
+        InvalidKnob: a knob below 1, or a segment that is no whole groups.
+    """
 
     group: int
+    segment: int
+    trains_decoder: bool
+
+    def __post_init__(self) -> None:
+        self._positive(group=self.group, segment=self.segment)
+        if self.segment % self.group:
+            raise InvalidKnob(f"segment={self.segment} is no whole groups of {self.group} tokens")
+
+    @property
+    def n_segment(self) -> int:
+        """Tokens that are compressed at once."""
+        return self.segment
+
+    @property
+    def n_slots(self) -> int:
+        """Slots that they become."""
+        return self.segment // self.group
 
     def source(self, layer: int, n_layers: int) -> int:
         """The layer of the encoder, from 0, whose output the decoder's layer is given."""
         raise NotImplementedError
 
-    def _groups(self, group: int, segment: int) -> None:
-        self._positive(group=group, segment=segment)
-        if segment % group:
-            raise InvalidKnob(f"segment={segment} is no whole groups of {group} tokens")
+    def __call__(self, model: nn.Module, seed: int = 0) -> VectorCompressor:
+        """Build an encoder beside a model."""
+        return VectorCompressor(self, model, seed)
 
 
 class Projection(nn.Module):
@@ -75,25 +100,24 @@ class Projection(nn.Module):
 
 
 class VectorCompressor(Compressor):
-    """An encoder beside the model; the model itself is trained only if it is asked for.
+    """An encoder beside the model, which is the decoder.
+
+    Where the policy does not train the decoder, the gradients of the model are switched off.
 
     Args:
         policy: the knobs.
         model: the decoder.
         seed: of the initial marks.
-        trains_model: the decoder learns, too; otherwise its gradients are switched off.
     """
 
     policy: VectorPolicy
 
-    def __init__(
-        self, policy: VectorPolicy, model: nn.Module, seed: int, trains_model: bool
-    ) -> None:
+    def __init__(self, policy: VectorPolicy, model: nn.Module, seed: int) -> None:
         super().__init__(policy, model, seed)
         self.host.rotary.check(FULL, self.host.shape.width)
         self.encoder = deepcopy(self.host.decoder).requires_grad_()
         self.projections = nn.ModuleList(Projection(layer) for layer in self.host.decoder.layers)
-        model.requires_grad_(trains_model)
+        model.requires_grad_(policy.trains_decoder)
 
     def learnt(self, ids: Tensor) -> SoftCache:
         """What a text (B, n) becomes; tokens after the last whole group are held as they are."""

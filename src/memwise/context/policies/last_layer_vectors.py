@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from memwise.catalogue import Card
-from memwise.context.engine.vectors import VectorCompressor, VectorPolicy
+from memwise.context.engine.vectors import VectorPolicy
 
 
 @dataclass(frozen=True)
@@ -41,19 +39,5 @@ class LastLayerVectors(VectorPolicy):
     segment: int = 2048
     trains_decoder: bool = True
 
-    def __post_init__(self) -> None:
-        self._groups(self.group, self.segment)
-
-    @property
-    def n_segment(self) -> int:
-        return self.segment
-
-    @property
-    def n_slots(self) -> int:
-        return self.segment // self.group
-
     def source(self, layer: int, n_layers: int) -> int:
         return n_layers - 1
-
-    def __call__(self, model: nn.Module, seed: int = 0) -> VectorCompressor:
-        return VectorCompressor(self, model, seed, self.trains_decoder)
