@@ -5,6 +5,9 @@ Shapes: B windows of T bytes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +34,10 @@ def byte_llama(seed: int, n_layers: int = 3, width: int = 128) -> Any:
     return model
 
 
-def train(model: nn.Module, text: Corpus, n_steps: int, size: int, length: int, seed: int) -> None:
+def train(
+    model: nn.Module, text: Corpus, n_steps: int, size: int, length: int, seed: int,
+    most: float = math.inf,
+) -> None:  # fmt: skip
     """Train whatever requires gradients on so many windows of so many bytes.
 
     Args:
@@ -41,10 +47,18 @@ def train(model: nn.Module, text: Corpus, n_steps: int, size: int, length: int, 
         size: windows in a batch.
         length: bytes of a window.
         seed: of the order of the batches.
+        most: length to which gradients are cut.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, _LR, betas=(0.9, 0.95), weight_decay=0.1)
     fit(
         model, optimizer, text, n_steps, size, length - 1, seed, n_warmup=_WARMUP,
-        n_fade=n_steps // 3,
+        n_fade=n_steps // 3, around=lambda: _cut(params, most),
     )  # fmt: skip
+
+
+@contextmanager
+def _cut(params: list[nn.Parameter], most: float) -> Iterator[None]:
+    """Cut the gradients that come of what is done inside."""
+    yield
+    nn.utils.clip_grad_norm_(params, most)

@@ -1,8 +1,9 @@
 """Texts that are repeated from compressed segments, and read on behind them.
 
-For each ratio two small Llamas over bytes are trained from the same weights on the same windows of
-books: one with the method's slots, one with the baseline's, as many bytes of them. Then both repeat
-pieces of Wikipedia that nobody trained on, each byte after the true ones, from the slots alone.
+Two small Llamas over bytes are trained from the same weights on the same windows of books: one with
+the method's slots, one with the baseline's, as many bytes of them. They learn with few bytes a slot
+first and go on with more. Each time both repeat pieces of Wikipedia that nobody trained on, each
+byte after the true ones, from the slots alone.
 
 What must hold: a model trained in the same way whose repetition sees no memory cannot do it, nor
 can the method's with the memory of another text; more slots a byte repeat better.
@@ -13,6 +14,7 @@ raw keys and values in as many bytes, of a model that was trained to read only.
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,9 +33,10 @@ from memwise.catalogue import load
 from memwise.context.engine.soft import SoftCache, cross_entropy
 from memwise.context.engine.zones import SegmentCompressor
 
-RATIOS, AT = (2, 4, 8), 4  # bytes a slot; the ratio at which reading on is judged
+N_STEPS = {2: 250, 4: 300, 8: 350}  # of training, by bytes a slot
+AT = 4  # bytes a slot at which reading on is judged
 _N_SLOTS, _N_SEGMENTS = 8, 2
-_N_STEPS, _BYTES_A_STEP = 320, 1024
+_BYTES_A_STEP, _LONGEST = 1024, 1.0  # gradients are cut to that length
 _N_PIECES, _JUDGED = 96, 16  # judged: first bytes behind a segment
 _APART = 0.2  # of accuracy, that repeating from the right memory is above the rest at least
 
@@ -74,8 +77,8 @@ class Blind(nn.Module):
         self.compressor = compressor
 
     def repeated(self, ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of repeating whole segments that it never saw."""
-        segments = torch.cat(ids.split(self.compressor.policy.n_segment, 1))
+        """Logits (B, T, V) of repeating a text's two segments, which it never saw."""
+        segments = torch.cat(ids.chunk(_N_SEGMENTS, 1))
         n_layers = len(self.compressor.host.shape.layer_types)
         at = torch.arange(segments.shape[1])
         logits = self.compressor.spell(SoftCache(n_layers), segments, at)
@@ -91,60 +94,68 @@ def run(method: Any, data: Path | None, seed: int) -> list[Row]:
     """Accuracy of repetition at some ratios, and nat per byte of reading on."""
     text = corpus(data)
     baseline = load(f"context/{method.card.baseline}")()
+    course, other_course = (_course(policy, text, seed) for policy in (method, baseline))
     rows: list[Row] = []
-    for ratio in RATIOS:
-        knobs = {"ratio": ratio, "memory": _N_SLOTS}
-        own, other = (_trained(replace(p, **knobs), text, seed) for p in (method, baseline))
-        swapped = _swapped(own.compressor, _pieces(text, ratio))
-        controls = {
-            "exact segments": own.exact(ratio * _N_SLOTS),
-            "exact segments of the baseline": other.exact(ratio * _N_SLOTS),
-            "memory of another text": swapped,
-        }
-        behaves = {
-            "the memory of another text is of little use": swapped < own.accuracy.mean() - _APART
-        }
+    for ratio, own in course.items():
+        row = _repetition(ratio, own, other_course[ratio], text, seed)
         if rows:
-            behaves["more bytes a slot repeat worse"] = own.accuracy.mean() < rows[-1].value
-        row = Row(
-            f"accuracy of repetition, {ratio} bytes a slot", float(own.accuracy.mean()),
-            float(other.accuracy.mean()), paired_interval(own.accuracy, other.accuracy, seed),
-            _N_PIECES, controls, behaves, bytes=_held(own, text), baseline_bytes=_held(other, text),
-            seconds=own.seconds, data=f"WikiText-2, pieces of {_N_SEGMENTS * ratio * _N_SLOTS}",
-        )  # fmt: skip
+            worse = row.value < rows[-1].value
+            row = replace(row, behaves={**row.behaves, "more bytes a slot repeat worse": worse})
         rows.append(row)
-        if ratio == AT:
-            blind, at = _blind(own, text, seed), len(rows) - 1
-            rows[at] = _with_blind(row, blind, _pieces(text, ratio))
-            reading_on = _reading_on(own, blind, text, seed)
-    return [*rows, reading_on]
+    blind = Blind(replace(baseline, ratio=AT, memory=_N_SLOTS)(byte_llama(seed), seed))
+    for ratio in (ratio for ratio in N_STEPS if ratio <= AT):
+        _fit(blind, ratio, text, seed)
+    at = list(N_STEPS).index(AT)
+    rows[at] = _with_blind(rows[at], blind, _pieces(text, AT))
+    return [*rows, _reading_on(course[AT], blind, text, seed)]
+
+
+def _repetition(ratio: int, own: Trained, other: Trained, text: Corpus, seed: int) -> Row:
+    swapped = _swapped(own.compressor, _pieces(text, ratio))
+    n_bytes, other_bytes = (_held(c.compressor, _pieces(text, ratio)) for c in (own, other))
+    return Row(
+        f"accuracy of repetition, {ratio} bytes a slot", float(own.accuracy.mean()),
+        float(other.accuracy.mean()), paired_interval(own.accuracy, other.accuracy, seed),
+        _N_PIECES,
+        {"exact segments": own.exact(ratio * _N_SLOTS),
+         "exact segments of the baseline": other.exact(ratio * _N_SLOTS),
+         "memory of another text": swapped},
+        {"the memory of another text is of little use": swapped < own.accuracy.mean() - _APART},
+        bytes=n_bytes, baseline_bytes=other_bytes, seconds=own.seconds,
+        data=f"WikiText-2, pieces of {_N_SEGMENTS * ratio * _N_SLOTS} bytes",
+    )  # fmt: skip
 
 
 def _pieces(text: Corpus, ratio: int) -> Tensor:
     return text.windows(_N_PIECES, _N_SEGMENTS * ratio * _N_SLOTS - 1)
 
 
-def _fit(model: nn.Module, n_segment: int, text: Corpus, seed: int) -> None:
-    length = _N_SEGMENTS * n_segment
-    train(model, text, _N_STEPS, _BYTES_A_STEP // length, length, seed)
+def _fit(model: nn.Module, ratio: int, text: Corpus, seed: int) -> None:
+    length = _N_SEGMENTS * ratio * _N_SLOTS
+    size = _BYTES_A_STEP // length
+    train(model, text, N_STEPS[ratio], size, length, seed + ratio, _LONGEST)
 
 
-def _trained(policy: Any, text: Corpus, seed: int) -> Trained:
-    compressor = policy(byte_llama(seed), seed)
-    start = time.perf_counter()
-    _fit(compressor, policy.n_segment, text, seed)
-    seconds = time.perf_counter() - start
-    pieces = _pieces(text, policy.ratio)
-    with torch.no_grad():
-        _, repeated = compressor.both(pieces)
-    return Trained(compressor, (repeated.argmax(-1) == pieces).numpy(), seconds)
+def _course(policy: Any, text: Corpus, seed: int) -> dict[int, Trained]:
+    """What is learned with ever more bytes a slot, each from where the last one ended."""
+    compressor = replace(policy, memory=_N_SLOTS)(byte_llama(seed), seed)
+    found = {}
+    for ratio in N_STEPS:
+        compressor.policy = replace(compressor.policy, ratio=ratio)
+        start = time.perf_counter()
+        _fit(compressor, ratio, text, seed)
+        seconds = time.perf_counter() - start
+        pieces = _pieces(text, ratio)
+        with torch.no_grad():
+            _, repeated = compressor.both(pieces)
+        right = (repeated.argmax(-1) == pieces).numpy()
+        found[ratio] = Trained(copy.deepcopy(compressor), right, seconds)
+    return found
 
 
-@torch.no_grad()
-def _held(trained: Trained, text: Corpus) -> int:
+def _held(compressor: SegmentCompressor, pieces: Tensor) -> int:
     """Bytes that one piece leaves."""
-    pieces = _pieces(text, trained.compressor.policy.n_segment // _N_SLOTS)
-    return trained.compressor.compress(pieces[:1]).n_bytes
+    return compressor.compress(pieces[:1]).n_bytes
 
 
 @torch.no_grad()
@@ -154,12 +165,6 @@ def _swapped(compressor: SegmentCompressor, pieces: Tensor) -> float:
     memory = compressor.compress(first.roll(1, 0)).part(0, compressor.policy.n_slots, 0)
     logits = compressor.spell(memory, first, torch.arange(first.shape[1]))
     return float((logits.argmax(-1) == first).double().mean())
-
-
-def _blind(own: Trained, text: Corpus, seed: int) -> Blind:
-    blind = Blind(type(own.compressor)(own.compressor.policy, byte_llama(seed), seed))
-    _fit(blind, own.compressor.policy.n_segment, text, seed)
-    return blind
 
 
 @torch.no_grad()

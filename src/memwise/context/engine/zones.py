@@ -77,6 +77,34 @@ def slots_at(n_tokens: int, n_slots: int) -> Tensor:
     return torch.arange(1, n_slots + 1) * (n_tokens // n_slots) - 1
 
 
+class SegmentPolicy(SoftPolicy):
+    """How long segments are, and how many slots they become.
+
+    Attributes:
+        ratio: tokens that a slot stands for.
+        memory: slots of a segment.
+
+    Raises:
+        InvalidKnob: a knob below 1.
+    """
+
+    ratio: int
+    memory: int
+
+    def __post_init__(self) -> None:
+        self._positive(ratio=self.ratio, memory=self.memory)
+
+    @property
+    def n_segment(self) -> int:
+        """Tokens that are compressed at once."""
+        return self.ratio * self.memory
+
+    @property
+    def n_slots(self) -> int:
+        """Slots that they become."""
+        return self.memory
+
+
 class SegmentCompressor(Compressor):
     """Reads a segment, makes slots of it, and goes on; see `settle`."""
 

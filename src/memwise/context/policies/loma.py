@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from memwise.catalogue import Card
-from memwise.context.engine.soft import SoftPolicy
-from memwise.context.engine.zones import ZoneCompressor
+from memwise.context.engine.zones import SegmentPolicy, ZoneCompressor
 
 
 @dataclass(frozen=True)
-class LoMA(SoftPolicy):
+class LoMA(SegmentPolicy):
     """Keep the keys and values of trained memory tokens; drop those of the tokens that they read.
 
     Behind every `ratio * memory` tokens stand `memory` memory tokens, at the last positions of
@@ -39,23 +38,13 @@ class LoMA(SoftPolicy):
         better="higher",
         margin=0.05,
         requires=("torch",),
-        negative="after a minute of training, means of keys and values that are trained alike repeat "
-        "as well: 0.963 / 0.964 of bytes at 2 a slot, 0.637 / 0.788 at 4, 0.423 / 0.397 at 8",
+        negative="after a minute of training, means of keys and values that are trained alike "
+        "repeat as well: 0.963 / 0.964 of bytes at 2 a slot, 0.637 / 0.788 at 4 and 0.423 / 0.397 "
+        "at 8",
     )
 
     ratio: int = 4
     memory: int = 8
-
-    def __post_init__(self) -> None:
-        self._positive(ratio=self.ratio, memory=self.memory)
-
-    @property
-    def n_segment(self) -> int:
-        return self.ratio * self.memory
-
-    @property
-    def n_slots(self) -> int:
-        return self.memory
 
     def __call__(self, model: nn.Module, seed: int = 0) -> ZoneCompressor:
         return ZoneCompressor(self, model, seed)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from memwise.catalogue import Card
-from memwise.context.engine.soft import SoftPolicy
-from memwise.context.engine.zones import PoolingCompressor
+from memwise.context.engine.zones import PoolingCompressor, SegmentPolicy
 
 
 @dataclass(frozen=True)
-class MeanPooled(SoftPolicy):
+class MeanPooled(SegmentPolicy):
     """Keep the mean of each group of keys and of values; drop what was averaged.
 
     The model is trained as with memory tokens: to go on, and to repeat a segment from its means.
@@ -38,17 +37,6 @@ class MeanPooled(SoftPolicy):
 
     ratio: int = 4
     memory: int = 8
-
-    def __post_init__(self) -> None:
-        self._positive(ratio=self.ratio, memory=self.memory)
-
-    @property
-    def n_segment(self) -> int:
-        return self.ratio * self.memory
-
-    @property
-    def n_slots(self) -> int:
-        return self.memory
 
     def __call__(self, model: nn.Module, seed: int = 0) -> PoolingCompressor:
         return PoolingCompressor(self, model, seed)
