@@ -156,9 +156,8 @@ def plan(
             f"{type(policy).__name__} with chunks of {chunk} tokens and a batch of {batch} needs "
             f"at least {least} bytes ({readable(least)}) for {policy.floor} slots in each of "
             f"{len(layers)} full-attention layers, "
-            f"{readable(batch * _beside(shape, policy, chunk, n_probe) + brought)} of them beside the "
-            "slots; "
-            f"the budget is {readable(budget)}: raise budget=, or lower chunk="
+            f"{readable(batch * _beside(shape, policy, chunk, n_probe) + brought)} of them beside "
+            f"the slots; the budget is {readable(budget)}: raise budget=, or lower chunk="
         )
     low, high = 0, 1 + budget  # whole slots of the mean layer
     while high - low > 1:

@@ -1,7 +1,6 @@
-"""Retaining heads: a small network a layer that tells from a token's own queries, keys and values
-how much answers will attend to it. The model is frozen; only the heads are trained.
+"""Retaining heads: a small network a layer that foretells which tokens answers will attend to.
 
-A head is two matrices. They travel as tensors by name, `<layer>.up`, `<layer>.up_bias`,
+It looks at a token's own queries, keys and values. The model is frozen; only heads are trained. One is two matrices. They travel as tensors by name, `<layer>.up`, `<layer>.up_bias`,
 `<layer>.down`, `<layer>.down_bias`, in memory and in a safetensors file.
 
 Shapes: B batch, H key-value heads, G query heads of each, q tokens, F = (G + 2) H D inputs of a

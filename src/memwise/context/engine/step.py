@@ -94,7 +94,7 @@ class Step:
         return self._forward.cache.weights
 
     def inputs(self) -> Iterator[Tensor]:
-        """Queries, keys and values of the last pass's tokens, bare of positions, one behind another.
+        """Queries, keys and values of the last pass's tokens, bare of positions, side by side.
 
         (B, r, (Hq + 2 H) D), some tokens at a time; for `observe` of policies that need inputs.
         """

@@ -19,7 +19,7 @@ Tensor: TypeAlias = torch.Tensor
 
 @dataclass(frozen=True)
 class Locret(CachePolicy):
-    """Keep the tokens that a trained head expects answers to attend to, in each head; the rest goes.
+    """Keep what trained heads expect answers to attend to, and the newest tokens; the rest goes.
 
     A token is scored once, when it comes, from its own queries, keys and values; so no later text
     changes the score, and nothing is computed again.

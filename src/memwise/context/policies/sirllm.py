@@ -38,7 +38,7 @@ class SirLLM(CachePolicy):
 
     card = Card(
         paper=98,
-        claim="steady gains over StreamingLLM on 3 sets: DailyDialog, Grocery Shopping, Rock-Paper-Scissors",
+        claim="steadily above StreamingLLM on 3 sets: daily dialogues, groceries, rock-paper-scissors",
         check="dialogue",
         baseline="streaming_llm",
         better="lower",
