@@ -208,7 +208,8 @@ def _missed(lm: LocalModel, trained: Any, method: Any, todo: Sequence[Item], see
         f"wanted tokens that heads miss, top {_WANTED:.0%}", float(mine.mean()),
         float(theirs.mean()), paired_interval(mine, theirs, seed), len(mine),
         {"chance": 1 - _WANTED}, {"trained heads miss fewer": mine.mean() < theirs.mean()},
-        primary=False, data="1,000 tokens of essays", note="the baseline here is heads that were never trained",
+        primary=False, data="1,000 tokens of essays",
+        note="the baseline here is heads that were never trained",
     )  # fmt: skip
 
 

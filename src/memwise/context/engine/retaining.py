@@ -1,6 +1,7 @@
 """Retaining heads: a small network a layer that foretells which tokens answers will attend to.
 
-It looks at a token's own queries, keys and values. The model is frozen; only heads are trained. One is two matrices. They travel as tensors by name, `<layer>.up`, `<layer>.up_bias`,
+It looks at a token's own queries, keys and values. The model is frozen; only the heads are trained.
+A head is two matrices. They travel as tensors by name, `<layer>.up`, `<layer>.up_bias`,
 `<layer>.down`, `<layer>.down_bias`, in memory and in a safetensors file.
 
 Shapes: B batch, H key-value heads, G query heads of each, q tokens, F = (G + 2) H D inputs of a

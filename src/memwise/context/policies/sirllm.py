@@ -38,7 +38,7 @@ class SirLLM(CachePolicy):
 
     card = Card(
         paper=98,
-        claim="steadily above StreamingLLM on 3 sets: daily dialogues, groceries, rock-paper-scissors",
+        claim="above StreamingLLM on 3 sets: DailyDialog, groceries, rock-paper-scissors",
         check="dialogue",
         baseline="streaming_llm",
         better="lower",
