@@ -117,7 +117,7 @@ def test_a_token_is_scored_once_and_no_later_text_changes_it(model: Any) -> None
 
 
 def test_each_head_keeps_its_own_best_the_first_and_the_newest() -> None:
-    """Against the scores of a run in which nothing went; the first layer has ties, so the second."""
+    """Against the scores of a run in which nothing went; the first layer would have ties."""
     model, ids, n_slots = llama(), tokens(1, 64), 30
     policy = locret(hidden=8, stabilizers=6)
     everything = bytes_for(model, policy, 64, chunk=64)
