@@ -95,15 +95,13 @@ def lists(lm: LocalModel, data: Path | None, n: int, seed: int) -> list[Dialogue
         things = {kind: draws.choice(_KINDS[kind]) for kind in kinds}
         turns = [say.start]
         for kind in kinds:
-            turns.append(
-                say.turn(f"The {kind} on my shopping list is {things[kind]}.", "Noted.", True)
-            )
+            turns.append(say.turn(f"Please remember to buy {things[kind]}.", "Noted.", True))
             turns.append(say.chat())
         turns += say.chats(_BEYOND)
         asks = [
             say.question(
-                f"Which {kind} is on my shopping list?",
-                f"The {kind} on your shopping list is",
+                f"Which {kind} should you remember to buy?",
+                "You asked me to remember to buy",
                 (things[kind], *(other for other in _KINDS[kind] if other != things[kind])),
             )
             for kind in kinds

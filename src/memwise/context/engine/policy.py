@@ -107,6 +107,11 @@ def smooth(score: Tensor, kernel: int) -> Tensor:
     return F.max_pool1d(floor, kernel, 1, kernel // 2)[..., : score.shape[-1]]
 
 
+def spread(score: Tensor, kernel: int) -> Tensor:
+    """The mean score of `kernel` neighbours (B, H, n): a run of tokens counts, a lone one less."""
+    return F.avg_pool1d(score, kernel, 1, kernel // 2, count_include_pad=False)
+
+
 def pin(score: Tensor, sinks: int = 0, recent: int = 0) -> Tensor:
     """The score (B, H, n), with the first and the newest slots above all others."""
     pinned = score.clone()

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -76,5 +77,6 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
         return ""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        digest.update(name.encode() + weights[name].cpu().numpy().tobytes())
+        flat = weights[name].cpu().contiguous().view(torch.uint8)
+        digest.update(name.encode() + flat.numpy().tobytes())
     return f" with weights {digest.hexdigest()[:16]}"
