@@ -126,10 +126,3 @@ def pin_out(score: Tensor, sinks: int) -> Tensor:
     score = score.clone()
     score[..., :sinks] = 0.0
     return score
-
-
-def side_by_side(step: Step) -> Tensor:
-    """Places (B, H, n) one behind another, in the order of the slots, up to the newest token's."""
-    last = step.place.amax(-1, keepdim=True)
-    side = last - step.n + 1 + torch.arange(step.n, dtype=last.dtype, device=last.device)
-    return side.where(step.pos >= 0, step.place)

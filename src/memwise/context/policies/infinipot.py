@@ -8,7 +8,7 @@ from typing import ClassVar, TypeAlias
 import torch
 
 from memwise.catalogue import Card
-from memwise.context.engine.policy import CachePolicy, pin, pin_out, side_by_side, smooth
+from memwise.context.engine.policy import CachePolicy, pin, pin_out, smooth
 from memwise.context.engine.step import Step
 from memwise.errors import InvalidKnob
 
@@ -93,4 +93,7 @@ class InfiniPot(CachePolicy):
 
     def place(self, step: Step) -> Tensor:
         """Side by side, in their order, up to the newest token's place."""
-        return side_by_side(step)
+        last = step.place.amax(-1, keepdim=True)
+        n = step.n
+        side = last - n + 1 + torch.arange(n, dtype=last.dtype, device=last.device)
+        return side.where(step.pos >= 0, step.place)
