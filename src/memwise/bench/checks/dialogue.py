@@ -32,7 +32,7 @@ from memwise.context.engine.host import bounded, bytes_for
 from memwise.context.engine.policy import CachePolicy
 from memwise.models import LocalModel, local_model
 
-N_LISTS, N_WISHES, N_SLOTS, CHUNK = 10, 8, 128, 128
+N_LISTS, N_WISHES, N_SLOTS, CHUNK = 6, 4, 128, 128
 _DECAY = 0.7  # the paper's for dialogues
 _BEYOND = 520  # tokens between the last thing and the question; sliding layers see 512
 _CHANCE = float(np.log(8))
@@ -43,9 +43,7 @@ _KINDS = {
     "drink": ("coffee", "lemonade", "cider", "milk", "tea", "beer", "wine", "cola"),
     "spice": ("pepper", "cinnamon", "ginger", "saffron", "nutmeg", "cumin", "vanilla", "mint"),
 }
-_WISHES = (
-    ("pizza", "salad"), ("sushi", "noodles"), ("tacos", "soup"), ("curry", "pancakes"),
-)  # fmt: skip
+_WISHES = (("lasagna", "ramen"), ("sushi", "chili"), ("dumplings", "paella"), ("tacos", "risotto"))
 
 
 @dataclass(frozen=True)
