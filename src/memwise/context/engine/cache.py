@@ -47,6 +47,7 @@ class Forward:
         is_probe: what it writes is forgotten again.
         new_turn: the first pass of a turn of a dialogue.
         hidden: what the decoder made of the tokens (B, q, width), once it has.
+        queries: of the tokens (B, Hq, q, D), turned, by layer, for policies that need inputs.
     """
 
     cache: BudgetedCache
@@ -56,6 +57,7 @@ class Forward:
     is_probe: bool = False
     new_turn: bool = False
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    queries: dict[int, Tensor] = field(default_factory=dict)
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -99,7 +101,7 @@ class Forward:
 
     def done(self) -> Forward:
         """The same without what only its own pass needs."""
-        return replace(self, hidden=torch.empty(0), _kept={})
+        return replace(self, hidden=torch.empty(0), queries={}, _kept={})
 
     def _once(self, name: Any, make: Callable[[], Any]) -> Any:
         if name not in self._kept:
@@ -118,6 +120,7 @@ class BudgetedCache(Cache):
         probe: tokens that the model is shown before slots are chosen.
         n_seen: tokens that it was ever given, padding included.
         turn: number of the turn of a dialogue, from 0; -1 before the first.
+        weights: what the policy was trained to know, by name.
         ledger: measured bytes, by kind.
     """
 
@@ -128,6 +131,9 @@ class BudgetedCache(Cache):
         self.host, self.policy, self.budget = host, policy, budget
         self.chunk, self.probe, self.allocator = chunk, probe, allocator
         self.shape, self.rotary = host.shape, host.rotary
+        self.weights = {
+            name: tensor.to(host.device) for name, tensor in policy.weights(host.shape).items()
+        }
         self.plan = self.planned(1)
         self._forget()
         super().__init__(
@@ -323,5 +329,6 @@ class BudgetedCache(Cache):
                 line = f"{layer.name}: {what}"
                 kinds[line] = kinds.get(line, 0) + tensor.untyped_storage().nbytes()
         kinds["last hidden state"] = self.last_hidden.untyped_storage().nbytes()
+        kinds["weights of the policy"] = sum(t.nbytes for t in self.weights.values())
         for line, n_bytes in kinds.items():
             self.ledger.set("device", line, n_bytes)

@@ -189,6 +189,8 @@ class SlotLayer(BoundedLayer):
         """Attention of new queries (B, Hq, q, D) on all slots."""
         self.scale = scale
         self._note(query, forward)
+        if self.policy.needs_inputs and not forward.is_probe:
+            forward.queries[self.index] = query.detach()
         n_new = query.shape[2]
         n_old = self.slots.n - n_new
         branches = self.policy.branches(

@@ -2,8 +2,9 @@
 
 Charged are keys, values, positions and columns of all slots, the window of every sliding layer, the
 queries that are kept, room for a chunk and a probe, the keys and values of a chunk before they are
-written, the scratch of choosing slots in one layer, and what a codec decodes at once. Not charged,
-as they are there with any cache: weights, hidden states, logits of the attention that is computed.
+written, the scratch of choosing slots in one layer, what a codec decodes at once, and what a policy
+was trained to know. Not charged, as they are there with any cache: the model's weights, hidden
+states, logits of the attention that is computed.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def plan(
     Raises:
         BudgetExceeded: not even the least number of slots fits.
     """
-    layers = shape.full_layers
+    layers, brought = shape.full_layers, _brought(shape, policy)
     weights = allocator.shares(layers)
     shares = [len(layers) * weight / sum(weights) for weight in weights]
 
@@ -147,7 +148,7 @@ def plan(
         }
 
     def needed(mean: float) -> int:
-        return batch * _bytes(shape, policy, slots(mean), chunk, n_probe)
+        return batch * _bytes(shape, policy, slots(mean), chunk, n_probe) + brought
 
     least = needed(0)
     if least > budget:
@@ -155,8 +156,8 @@ def plan(
             f"{type(policy).__name__} with chunks of {chunk} tokens and a batch of {batch} needs "
             f"at least {least} bytes ({readable(least)}) for {policy.floor} slots in each of "
             f"{len(layers)} full-attention layers, "
-            f"{readable(batch * _beside(shape, policy, chunk, n_probe))} of them beside the slots; "
-            f"the budget is {readable(budget)}: raise budget=, or lower chunk="
+            f"{readable(batch * _beside(shape, policy, chunk, n_probe) + brought)} of them beside "
+            f"the slots; the budget is {readable(budget)}: raise budget=, or lower chunk="
         )
     low, high = 0, 1 + budget  # whole slots of the mean layer
     while high - low > 1:
@@ -170,7 +171,12 @@ def budget_for(
 ) -> Budget:
     """The least budget that keeps so many slots in every full-attention layer."""
     slots = dict.fromkeys(shape.full_layers, n_slots)
-    return Budget(batch * _bytes(shape, policy, slots, chunk, n_probe))
+    each = _bytes(shape, policy, slots, chunk, n_probe)
+    return Budget(batch * each + _brought(shape, policy))
+
+
+def _brought(shape: Shape, policy: CachePolicy) -> int:
+    return sum(tensor.nbytes for tensor in policy.weights(shape).values())
 
 
 def _bytes(
@@ -201,4 +207,7 @@ def _beside(shape: Shape, policy: CachePolicy, chunk: int, n_probe: int) -> int:
     a_query = shape.n_query_heads * shape.width * shape.itemsize + 4
     incoming = (most + 2 * BLOCK) * shape.pair_bytes
     decoded = 4 * SEEN * shape.pair_bytes if shape.codec else 0
+    # Queries of a pass, by layer, and some tokens' inputs as they are turned back.
+    inputs = (n_full * chunk + 8 * BLOCK) * (a_query + shape.pair_bytes)
+    decoded += inputs if policy.needs_inputs else 0
     return windows + n_full * n_queries * a_query + incoming + decoded

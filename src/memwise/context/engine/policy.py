@@ -17,6 +17,7 @@ from memwise.errors import InvalidKnob
 
 if TYPE_CHECKING:
     from memwise.context.engine.attention import Branch
+    from memwise.context.engine.plan import Shape
     from memwise.context.engine.step import Step
 
 Tensor: TypeAlias = torch.Tensor
@@ -32,12 +33,14 @@ class CachePolicy:
         raw_keys: keys are held bare of positions, so that they can be merged and moved.
         needs_text: surprisal is asked for, so hidden states pass through the output layer.
         any_length: texts may be longer than what the model was made for.
+        needs_inputs: queries, keys and values of new tokens are asked for, bare of positions.
     """
 
     columns: ClassVar[Mapping[str, float]] = {}
     raw_keys: ClassVar[bool] = False
     needs_text: ClassVar[bool] = False
     any_length: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = False
     card: ClassVar[Card]
 
     @property
@@ -57,6 +60,14 @@ class CachePolicy:
             vocabulary: tokens that the model knows.
         """
         return ()
+
+    def weights(self, shape: Shape) -> Mapping[str, Tensor]:
+        """What it was trained to know, by name; it lies beside the slots and counts as they do.
+
+        Args:
+            shape: of the model's cache.
+        """
+        return {}
 
     def observe(self, step: Step) -> None:
         """Note what is to be noted of the tokens that have just come, layer by layer."""
@@ -94,6 +105,11 @@ def smooth(score: Tensor, kernel: int) -> Tensor:
         return score
     floor = score.nan_to_num(neginf=torch.finfo(score.dtype).min)
     return F.max_pool1d(floor, kernel, 1, kernel // 2)[..., : score.shape[-1]]
+
+
+def spread(score: Tensor, kernel: int) -> Tensor:
+    """The mean score of `kernel` neighbours (B, H, n): a run of tokens counts, a lone one less."""
+    return F.avg_pool1d(score, kernel, 1, kernel // 2, count_include_pad=False)
 
 
 def pin(score: Tensor, sinks: int = 0, recent: int = 0) -> Tensor:

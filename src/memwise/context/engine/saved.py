@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from safetensors.torch import save_file
 from memwise.errors import InvalidKnob, StoreCorrupt
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from memwise.context.engine.cache import BudgetedCache
     from memwise.context.engine.host import Host
 
@@ -72,8 +75,19 @@ def _fingerprint(cache: BudgetedCache, batch: int) -> dict[str, str]:
     plan = cache.planned(batch)
     return {
         "model": model_fingerprint(cache.host),
-        "policy": repr(cache.policy),
+        "policy": repr(cache.policy) + _digest(cache.weights),
         "plan": f"slots {list(plan.n_slots.values())}, chunks of {plan.chunk}",
         "probe": str(list(cache.probe)),
         "codec": str(cache.shape.codec),
     }
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """Of what a policy was trained to know; nothing where there is none."""
+    if not weights:
+        return ""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        flat = weights[name].cpu().contiguous().view(torch.uint8)
+        digest.update(name.encode() + flat.numpy().tobytes())
+    return f" with weights {digest.hexdigest()[:16]}"

@@ -6,14 +6,16 @@ forward pass, w queries that are kept, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from memwise.context.engine.attention import probabilities
-from memwise.context.engine.store import EMPTY
+from memwise.context.engine.attention import probabilities, products
+from memwise.context.engine.plan import FULL
+from memwise.context.engine.rotary import turn_back
+from memwise.context.engine.store import BLOCK, EMPTY
 
 if TYPE_CHECKING:
     from memwise.context.engine.cache import Forward, SlotLayer
@@ -85,6 +87,39 @@ class Step:
     def surprisal(self) -> Tensor:
         """How little the model expected them (B, q), in nats, float32."""
         return self._forward.surprisal
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """What the policy was trained to know, of all layers, by name."""
+        return self._forward.cache.weights
+
+    def inputs(self) -> Iterator[Tensor]:
+        """Queries, keys and values of the last pass's tokens, bare of positions, side by side.
+
+        (B, r, (Hq + 2 H) D), some tokens at a time; for `observe` of policies that need inputs.
+        """
+        layer, n_new = self._layer, self.n_new
+        query, first_new = self._forward.queries[self.layer], layer.slots.n - n_new
+        cos, sin = self._forward.angles(FULL, query)
+        for first in range(0, n_new, BLOCK):
+            rows = slice(first, min(n_new, first + BLOCK))
+            at = (first_new + rows.start, first_new + rows.stop)
+            angles = cos[:, :, rows], sin[:, :, rows]
+            keys = layer.slots.keys.read(*at)
+            bare = keys if layer.policy.raw_keys else turn_back(keys, *angles)
+            parts = turn_back(query[:, :, rows], *angles), bare, layer.slots.values.read(*at)
+            yield torch.cat([part.transpose(1, 2).flatten(2) for part in parts], -1)
+
+    def logits(self, rows: slice) -> Tensor:
+        """What some of the last pass's queries make of all slots (B, H, G, r, n), before a softmax.
+
+        For `observe` of policies that need inputs.
+
+        Args:
+            rows: of the last pass's tokens.
+        """
+        query = self._forward.queries[self.layer][:, :, rows]
+        return products(query, self._layer.held()[0]).mul_(self._layer.scale)[..., : self.n]
 
     @cached_property
     def received(self) -> Tensor:
