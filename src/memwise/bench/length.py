@@ -30,9 +30,10 @@ TRAINED = 256  # bytes of a window
 N_BOXES, N_SIGNS = 16, 8
 CHANCE = math.log(N_SIGNS)  # nat of a sign, for who knows the box alone
 _LABEL, _SIGN = 14, 128  # byte of the first box's label, of its first sign
-_N_STEPS, _SIZE, _LR, _WARMUP = 1000, 16, 4e-3, 50
-_SCALE = 0.05  # of the first weights: far smaller ones learn to look back late
+_N_STEPS, _SIZE, _LR, _WARMUP = 700, 16, 5e-3, 50
+_SCALE = 0.06  # of the first weights: far smaller ones learn to look back late
 _FILLED, _MENTIONS = 8, 20  # boxes of a window that is trained on, and how often any is shown
+_WITH = 12  # windows of a step that have boxes
 _CHUNK = 64
 
 
@@ -124,7 +125,7 @@ def _train(data: Path | None, folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=N_BYTES, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+            vocab_size=N_BYTES, hidden_size=128, intermediate_size=352, num_hidden_layers=3,
             num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=TRAINED,
             bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
             initializer_range=_SCALE,
@@ -137,7 +138,7 @@ def _train(data: Path | None, folder: Path) -> None:
             group["lr"] = _LR * rate
         ids = books.batch(step, _SIZE, TRAINED - 1, 0)
         draws = torch.Generator().manual_seed(step)
-        for row in range(_SIZE // 2):
+        for row in range(_WITH):
             ids[row] = fill(ids[row], _FILLED, _MENTIONS, draws)
         loss = F.cross_entropy(lm(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         torch.autograd.backward(loss)
