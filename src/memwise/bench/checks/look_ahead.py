@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from memwise.bench.engine import Row, paired_interval
 
-AHEAD, N_SYMBOLS, LENGTH = 16, 24, 96  # (1 - 1/24)^16 is half
-N_STEPS, SIZE, N_STREAMS = 200, 24, 64
+AHEAD, N_SYMBOLS, LENGTH = 16, 24, 64  # (1 - 1/24)^16 is half
+N_STEPS, SIZE, N_STREAMS = 180, 24, 64
 _WIDTH, _LR, _WARMUP = 64, 3e-3, 50
 _CHUNK = 8  # tokens that are given at once when judged
 _GUESSED, _SOLVED, _AS_GOOD = 0.6, 0.95, 0.02
