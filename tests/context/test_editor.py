@@ -232,6 +232,15 @@ def test_models_of_another_kind_are_refused() -> None:
         edited(transformers.T5ForConditionalGeneration(config), Same()).__enter__()
 
 
+def test_a_decoder_alone_is_edited_unless_its_words_are_needed(model: Any) -> None:
+    ids, decoder = tokens(1, 9), model.get_decoder()
+    with torch.no_grad(), edited(decoder, Adds(hidden=0.3)):
+        decoder(ids)
+    policy = load("context/memory_injections")(memories=((5,),), layer=0)
+    with edited(decoder, policy), pytest.raises(UnsupportedModel, match="output layer"):
+        decoder(ids)
+
+
 # --- what is remembered
 
 

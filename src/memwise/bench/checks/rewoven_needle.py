@@ -4,6 +4,7 @@ Gemma-3-270M reads an essay with a code of five digits through a cache of 128 sl
 full-attention layer, first and newest tokens only, so that the code is gone. What the method keeps
 is noted meanwhile, with nothing added; then the last tokens of the essay and the question go
 through, with it. Judged is the nll of the digits; what it costs is the nll of the essay's end.
+Strength and gates are chosen on other codes in other essays.
 
 What must hold: a full cache reads the code, and the baseline, the same cache alone, does not. The
 method with the memory of another essay, and with the states of the code's own tokens and no others,
@@ -32,6 +33,8 @@ from memwise.context.policies.contextual_memory_reweaving import ContextualMemor
 from memwise.models import LocalModel, local_model
 
 N_ITEMS, N_SLOTS, N_END = 12, 128, 60
+STRENGTHS = (0.1, 0.3, 1.0)  # that are tried
+_ONLY = 9.0  # a gate that leaves next to nothing to the others
 BUDGET = "8MiB"
 
 
@@ -65,7 +68,9 @@ class _Told(ContextualMemoryReweaving):
 def run(method: Any, data: Path | None, seed: int) -> list[Row]:
     """Nat per digit of the code, and per token of the essay's end."""
     lm = local_model()
-    todo = items(lm.tokenizer, data, N_ITEMS, False, seed)
+    every = items(lm.tokenizer, data, N_ITEMS, False, seed)
+    tuned, todo = every[::4], [one for i, one in enumerate(every) if i % 4]
+    method, tried = _chosen(lm, method, tuned)
     full = readings(lm, lambda _: load("context/random")(), todo, 0, False)
     with tempfile.TemporaryDirectory() as folder:
         kept = [
@@ -85,6 +90,10 @@ def run(method: Any, data: Path | None, seed: int) -> list[Row]:
     found = {name: np.array(each) for name, each in scores.items()}
     ring, cache_bytes = kept[0].memory.n_bytes, kept[0].cache_bytes
     n_held = np.mean([_held(own.memory, one) for own, one in zip(kept, todo, strict=True)])
+    notes = (
+        f"{n_held:.0f} of {len(todo[0].needle)} tokens of the sentence are in the ring; {tried}",
+        f"the last {N_END} tokens before the question",
+    )
     rows = []
     for i, metric in enumerate(("nat per digit", "nat per token of the text")):
         mine, base = (found[name][:, i] for name in ("mine", "baseline"))
@@ -104,11 +113,30 @@ def run(method: Any, data: Path | None, seed: int) -> list[Row]:
                 len(mine), controls, behaves, primary=i == 0, bytes=cache_bytes + ring,
                 baseline_bytes=cache_bytes,
                 data=f"{N_SLOTS} slots a full layer of 1,000 tokens of essays",
-                note=f"{n_held:.0f} of {len(todo[0].needle)} tokens of the sentence are in the ring"
-                if i == 0 else f"the last {N_END} tokens before the question",
+                note=notes[i],
             )
         )  # fmt: skip
     return rows
+
+
+def _chosen(lm: LocalModel, method: Any, todo: list[Item]) -> tuple[Any, str]:
+    """The method with the best strength and gates, and what each gave."""
+    n = len(method.gates)
+    gates = [(0.0,) * n, *(tuple(_ONLY * (i == j) for j in range(n)) for i in range(n))]
+    names = ["all layers", *(f"layer {i + 1} of {n}" for i in range(n))]
+    change = dict.fromkeys(((s, i) for i in range(n + 1) for s in STRENGTHS), 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        for one in todo:
+            kept = read(lm, method, one, Path(folder) / "cache.safetensors")
+            base = asked(lm, replace(method, strength=0.0), one, kept, kept.memory.clone())[0]
+            for strength, i in change:
+                policy = replace(method, strength=strength, gates=gates[i])
+                nats = asked(lm, policy, one, kept, kept.memory.clone())[0]
+                change[strength, i] += (nats - base) / len(todo)
+    strength, i = min(change, key=lambda cell: change[cell])
+    told = ", ".join(f"{names[i]} {s:g}: {value:+.2f}" for (s, i), value in change.items())
+    best = replace(method, strength=strength, gates=gates[i])
+    return best, f"change in nats by gate and strength on {len(todo)} other items: {told}"
 
 
 def _with(

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 
 from memwise.catalogue import Card
 from memwise.context.engine.attention import products
 from memwise.context.engine.ring import HiddenRing
-from memwise.errors import InvalidKnob
+from memwise.errors import InvalidKnob, UnsupportedModel
 
 if TYPE_CHECKING:
     from memwise.context.engine.host import Host
@@ -77,6 +77,7 @@ class Pass:
     def surprisal(self) -> Tensor:
         """-log p of each token after those before it (B, q), in nats; 0 for the first of a text."""
         assert self.memory is not None
+        _output_layer(self.host)
         before = torch.cat([self.memory.last, self.hidden[:, :-1]], 1)
         found = torch.empty(self.ids.shape, device=self.ids.device)
         for first in range(0, self.n_new, _LOGIT_ROWS):
@@ -131,7 +132,7 @@ class Edit:
     def unembed(self, ids: Tensor) -> Tensor:
         """Rows of the output layer (..., D), in the scale of the model's embeddings."""
         model = self._pass.host.model
-        weight: Tensor = model.get_output_embeddings().weight
+        weight: Tensor = _output_layer(self._pass.host).weight
         scale = getattr(model.get_input_embeddings(), "embed_scale", 1.0)
         return weight[ids] * torch.as_tensor(scale, dtype=weight.dtype, device=weight.device)
 
@@ -213,3 +214,18 @@ class EditPolicy:
     def remember(self, passed: Pass) -> Tensor:
         """Which tokens of a pass that is over are remembered (B, q), bool."""
         raise NotImplementedError
+
+
+def _output_layer(host: Host) -> Any:
+    """The layer that makes logits of hidden states.
+
+    Raises:
+        UnsupportedModel: the model is a decoder alone.
+    """
+    layer = host.model.get_output_embeddings()
+    if layer is None:
+        raise UnsupportedModel(
+            f"{type(host.model).__name__} has no output layer, which this policy looks at: give "
+            "the causal language model"
+        )
+    return layer

@@ -40,8 +40,9 @@ def edited(
 ) -> Iterator[Editor]:  # fmt: skip
     """Run a Hugging Face model with a policy's changes; it is as it was, afterwards.
 
-    A bounded cache can be used inside (`with edited(...), bounded(...) as cache`), except by
-    policies that edit probabilities.
+    What is remembered follows the rows of a batch: reset it before other texts. Beam search, which
+    moves rows, is not followed. A bounded cache can be used inside, as in
+    `with edited(...), bounded(...) as cache`, except by policies that edit probabilities.
 
     Args:
         model: decoder-only, with rotary positions; full and sliding attention layers.

@@ -40,8 +40,9 @@ class AttentionTransition(EditPolicy):
         InvalidKnob: a negative knob, or no window.
 
     Note:
-        As in the reference, rows sum to more than 1 where `strength` is above 1. Keys that a query
-        cannot see, in layers that slide, are given nothing.
+        The prompt is the pass that begins a text, so it has to go in at once. As in the reference,
+        rows sum to more than 1 where `strength` is above 1. Keys that a query cannot see, in layers
+        that slide, are given nothing.
     """
 
     card = Card(
