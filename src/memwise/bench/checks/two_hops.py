@@ -56,7 +56,7 @@ _COUNTRIES = (
     ("tulips and windmills are famous", "the Netherlands", "Amsterdam", "Dutch", "Europe"),
     ("the city of Persepolis once stood", "Iran", "Tehran", "Persian", "Asia"),
     ("the Nobel Prize in physics is awarded", "Sweden", "Stockholm", "Swedish", "Europe"),
-    ("the Maya city of Chichen Itza lies", "Mexico", "Mexico City", "Spanish", "North America"),
+    ("the CN Tower stands", "Canada", "Ottawa", "English", "North America"),
     ("the city of Casablanca lies", "Morocco", "Rabat", "Arabic", "Africa"),
     ("the composer Sibelius was born", "Finland", "Helsinki", "Finnish", "Europe"),
     ("the tango was born", "Argentina", "Buenos Aires", "Spanish", "South America"),
