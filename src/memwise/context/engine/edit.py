@@ -41,6 +41,7 @@ class Pass:
         n_past: tokens that a cache holds of before, padding included.
         memory: what is held of earlier passes.
         states: hidden states that entered the layers of the memory, by layer (B, q, D).
+        hidden: what the decoder made of the tokens (B, q, D), once it has.
     """
 
     host: Host
