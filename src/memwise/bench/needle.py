@@ -93,7 +93,9 @@ class Reading:
         return max(self.nll) < READ
 
 
-def items(tokenizer: Any, data: Path | None, n: int, decoys: bool, seed: int = 0) -> list[Item]:
+def items(
+    tokenizer: Any, data: Path | None, n: int, decoys: bool, seed: int = 0, n_tokens: int = N_TOKENS
+) -> list[Item]:
     """Items on essays, the needle at depths of 0.05 to 0.40.
 
     Args:
@@ -102,6 +104,7 @@ def items(tokenizer: Any, data: Path | None, n: int, decoys: bool, seed: int = 0
         n: how many.
         decoys: put four other numbers of five digits into the text.
         seed: of codes and places.
+        n_tokens: of each text.
 
     Raises:
         InvalidKnob: no essays, or a tokenizer that joins digits.
@@ -112,7 +115,7 @@ def items(tokenizer: Any, data: Path | None, n: int, decoys: bool, seed: int = 0
         return found
 
     essays = sorted((data_folder(data) / "pg_essays").glob("*.txt"))
-    essays = [path for path in essays if path.stat().st_size > 6 * N_TOKENS]
+    essays = [path for path in essays if path.stat().st_size > 6 * n_tokens]
     if not essays:
         raise InvalidKnob("the data folder has no pg_essays of enough length")
     draws, found = random.Random(seed), []
@@ -122,17 +125,17 @@ def items(tokenizer: Any, data: Path | None, n: int, decoys: bool, seed: int = 0
         code = "".join(draws.choices("0123456789", k=5))
         says = f" The {kind} for the {thing} is {code}"
         stops = [j + 1 for j in range(len(hay)) if tokenizer.decode([hay[j]]).endswith(".")]
-        hay = hay[:N_TOKENS]
+        hay = hay[:n_tokens]
         if decoys:
             for k, line in enumerate(_DECOYS):
                 other = encode(line.format("".join(draws.choices("0123456789", k=5))))
-                at = min(stops, key=lambda j, k=k: abs(j - (2 * k + 1) * N_TOKENS // 8))  # type: ignore[misc]
+                at = min(stops, key=lambda j, k=k: abs(j - (2 * k + 1) * n_tokens // 8))  # type: ignore[misc]
                 hay[at:at] = other
                 stops = [j if j <= at else j + len(other) for j in stops if j != at]
         depth = 0.05 + 0.35 * i / max(1, n - 1)
-        at = min(stops, key=lambda j: abs(j - depth * N_TOKENS))
+        at = min(stops, key=lambda j: abs(j - depth * n_tokens))
         plant, answer = encode(f"{says}. Remember it."), encode(says)
-        context = [tokenizer.bos_token_id, *hay[:at], *plant, *hay[at:]][:N_TOKENS]
+        context = [tokenizer.bos_token_id, *hay[:at], *plant, *hay[at:]][:n_tokens]
         needle = range(1 + at, 1 + at + len(plant))
         if [tokenizer.decode([t]) for t in answer[-5:]] != list(code):
             raise InvalidKnob("this tokenizer joins digits; the needle test wants one token each")

@@ -38,9 +38,12 @@ if TYPE_CHECKING:
     from memwise.context.policies.ppd import PPD
     from memwise.context.policies.random import Random
     from memwise.context.policies.random_frames import RandomFrames
+    from memwise.context.policies.random_phrases import RandomPhrases
+    from memwise.context.policies.random_segments import RandomSegments
     from memwise.context.policies.rcc import RCC
     from memwise.context.policies.relay_attention import RelayAttention
     from memwise.context.policies.replicated_prefix import ReplicatedPrefix
+    from memwise.context.policies.selective_context import SelectiveContext
     from memwise.context.policies.self_extend import SelfExtend
     from memwise.context.policies.sharp_probe import SharpProbe
     from memwise.context.policies.sirllm import SirLLM
@@ -53,12 +56,14 @@ if TYPE_CHECKING:
     from memwise.context.policies.uniform_frames import UniformFrames
     from memwise.context.policies.videostreaming import VideoStreaming
     from memwise.context.policies.whole_segments import WholeSegments
+    from memwise.context.policies.xl3m import XL3M
 
 __all__ = [
     "H2O",
     "PPD",
     "RCC",
     "TOVA",
+    "XL3M",
     "AttendreLayer",
     "AttendreOften",
     "AttendreRecent",
@@ -88,8 +93,11 @@ __all__ = [
     "PlainDecoding",
     "Random",
     "RandomFrames",
+    "RandomPhrases",
+    "RandomSegments",
     "RelayAttention",
     "ReplicatedPrefix",
+    "SelectiveContext",
     "SelfExtend",
     "SharpProbe",
     "SirLLM",
@@ -112,6 +120,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "PPD": ("memwise.context.policies.ppd", "torch"),
     "RCC": ("memwise.context.policies.rcc", "torch"),
     "TOVA": ("memwise.context.policies.tova", "torch"),
+    "XL3M": ("memwise.context.policies.xl3m", "torch"),
     "AttendreLayer": ("memwise.context.policies.attendre_layer", "torch"),
     "AttendreOften": ("memwise.context.policies.attendre_often", "torch"),
     "AttendreRecent": ("memwise.context.policies.attendre_recent", "torch"),
@@ -141,8 +150,11 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "PlainDecoding": ("memwise.context.policies.plain_decoding", "torch"),
     "Random": ("memwise.context.policies.random", "torch"),
     "RandomFrames": ("memwise.context.policies.random_frames", "torch"),
+    "RandomPhrases": ("memwise.context.policies.random_phrases", "torch"),
+    "RandomSegments": ("memwise.context.policies.random_segments", "torch"),
     "RelayAttention": ("memwise.context.policies.relay_attention", "torch"),
     "ReplicatedPrefix": ("memwise.context.policies.replicated_prefix", "torch"),
+    "SelectiveContext": ("memwise.context.policies.selective_context", "torch"),
     "SelfExtend": ("memwise.context.policies.self_extend", "torch"),
     "SharpProbe": ("memwise.context.policies.sharp_probe", "torch"),
     "SirLLM": ("memwise.context.policies.sirllm", "torch"),
