@@ -45,7 +45,8 @@ def test_units_cover_the_text(cut: Any, text: str) -> None:
 
 def test_a_phrase_is_function_words_and_what_follows() -> None:
     assert [TEXT[a:b].strip() for a, b in phrases(TEXT)][:6] == [
-        "The quick fox,", 'who was "old",', "jumped", "over the lazy dog", "near Oslo.", "It rained",
+        "The quick fox,", 'who was "old",', "jumped", "over the lazy dog", "near Oslo.",
+        "It rained",
     ]  # fmt: skip
 
 
