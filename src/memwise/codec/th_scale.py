@@ -12,6 +12,7 @@ from memwise.codec.spec import BLOCK, Block, Scale, Spec, blocks
 from memwise.codec.th_pack import Tensor, Work
 from memwise.errors import InvalidKnob
 
+_VECTORS = 64  # numbers that torch takes at once, or a multiple
 # Largest over least magnitude that a grid resolves, for the power of `expand`: for minifloats as
 # COAT counts it, otherwise the largest level over the least above zero.
 RANGES = {"e4m3": 448**2 / 2, "e5m2": 57344**2 / 2, "dyn8": 1 / 5.5e-7, "dyn4": 1 / 5.5e-3}
@@ -110,7 +111,7 @@ def divide(
     if spec.scale.kind == "expand":
         sign = torch.signbit(y)
         y.abs_().div_(factor(arrays["centre"]))
-        y.pow_(factor(arrays["power"]))
+        _raise(y, factor(arrays["power"]), work.other)
         torch.where(sign, -y, y, out=y)
     scale = factor(arrays["scale"])
     if spec.scale.kind == "rank1" and peak != 1:
@@ -139,9 +140,27 @@ def multiply(
         y.add_(factor(arrays["zero"]))
     if spec.scale.kind == "expand":
         sign = torch.signbit(y)
-        y.abs_().pow_(factor(arrays["power"]).reciprocal())
+        _raise(y.abs_(), factor(arrays["power"]).reciprocal(), scratch)
         y.mul_(factor(arrays["centre"]))
         torch.where(sign, -y, y, out=y)
+
+
+def _raise(y: Tensor, power: Tensor, scratch: Tensor) -> None:
+    """y to a power that broadcasts to it, in place, to the same bits wherever a number lies.
+
+    torch takes several vectors of numbers at once, and what is left at the end by another routine,
+    whose last bit differs. So the end is filled up to whole vectors.
+    """
+    spread = scratch[: y.numel()].view(y.shape).copy_(power).view(-1)
+    flat = y.contiguous().view(-1)
+    n_whole = flat.numel() // _VECTORS * _VECTORS
+    flat[:n_whole].pow_(spread[:n_whole])
+    if rest := flat.numel() - n_whole:
+        end, powers = torch.ones(2, _VECTORS, dtype=y.dtype, device=y.device)
+        end[:rest], powers[:rest] = flat[n_whole:], spread[n_whole:]
+        flat[n_whole:] = end.pow_(powers)[:rest]
+    if not y.is_contiguous():
+        y.copy_(flat.view(y.shape))
 
 
 def keeps_zero_scale(spec: Spec) -> bool:
