@@ -29,7 +29,7 @@ from memwise.context.policies.camelot import CAMELoT
 
 N_PIECES, N_SLOTS, CHUNK = 48, 192, 64
 _BYTES, _JUDGED = 4 * TRAINED, 640
-_FILLED, _MENTIONS = 12, 48  # boxes of a piece, and how often any is shown
+_FILLED, _MENTIONS = 8, 32  # boxes of a piece, and how often any is shown
 _WINDOW = N_SLOTS + CHUNK  # the newest that as many slots hold at most
 
 

@@ -11,7 +11,7 @@ some hold one of the four, find it less often.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from memwise.catalogue import load
 
 N_PIECES, N_SLOTS, CHUNK = 128, TRAINED // 8, 16
 _FIRST, _APART, _MENTIONS = 60, 20, 4
+_K, _RECENT = 1, 8  # slots that a query retrieves, and newest that stay; chosen on training text
+_N_RANDOM = 8  # draws of the control
 _FOUND, _LOST = CHANCE / 2, 0.9 * CHANCE
 
 
@@ -39,9 +41,12 @@ def run(method: Any, data: Path | None, seed: int) -> list[Row]:
     policies = {
         "oracle": replace(oracle, positions=(places[-1], places[-1] + 1)),
         "full cache": None,
-        "random": load("context/random")(),
         "h2o": load("context/h2o")(),
     }
+    # A draw keeps a place in all pieces or in none, so there are some.
+    draws_of = [replace(load("context/random")(), seed=i) for i in range(_N_RANDOM)]
+    knobs = {"k": _K, "recent": _RECENT}
+    own = replace(method, **{f.name: knobs[f.name] for f in fields(method) if f.name in knobs})
     rows = []
     for times in (_MENTIONS, 1):
         ids = show(pieces, box, sign, (*places[-times:], TRAINED - 2))
@@ -51,8 +56,9 @@ def run(method: Any, data: Path | None, seed: int) -> list[Row]:
             values: NDArray[np.float64] = found.double().numpy()
             return values
 
-        mine, theirs = read(method), read(baseline)
+        mine, theirs = read(own), read(baseline)
         controls = {name: float(read(policy).mean()) for name, policy in policies.items()}
+        controls["random"] = float(np.mean([read(policy).mean() for policy in draws_of]))
         holds = {
             "an oracle and the full cache find it":
                 max(controls["oracle"], controls["full cache"]) <= _FOUND,

@@ -42,6 +42,8 @@ class AttendreOften(CachePolicy):
         better="lower",
         margin=0.5,
         requires=("torch",),
+        negative="in 32 slots of 256 bytes a sign that was shown 4 times costs 1.34 nat and in "
+        "the newest 2.19, but in random slots 1.02: 3 mentions are few hits among all others",
     )
 
     columns: ClassVar[dict[str, float]] = {"hits": 0.0}

@@ -41,6 +41,8 @@ class AttendreRecent(CachePolicy):
         better="lower",
         margin=0.5,
         requires=("torch",),
+        negative="in 32 slots of 256 bytes a sign that was shown 4 times costs 2.18 "
+        "nat and in the newest 2.19: all others were used in the 130 bytes since",
     )
 
     columns: ClassVar[dict[str, float]] = {"used": 0.0}
