@@ -53,6 +53,9 @@ class AttentionTransition(EditPolicy):
         better="lower",
         margin=0.0,
         requires=("torch",),
+        negative="Gemma-3-270M, 16 articles of 900 tokens: the true lead gets 3.028 nats a token "
+        "with it, 3.026 without, 3.023 with random blocks; thresholds and strength made no "
+        "difference above 0.004 on other articles either",
     )
 
     inner: float = 0.5
