@@ -105,7 +105,9 @@ def test_nbytes_is_exact_without_data(name, shape, n_bytes):
     assert parse(name).nbytes(shape) == n_bytes
 
 
-@pytest.mark.parametrize("name", ["int8/row/entropy", "bf16/entropy", "nf4/row/bitmap"])
+@pytest.mark.parametrize(
+    "name", ["int8/row/entropy", "bf16/entropy", "nf4/row/bitmap", "bf16/sparse"]
+)
 def test_what_depends_on_the_data_has_no_layout(name):
     with pytest.raises(InvalidKnob, match="has seen data"):
         parse(name).nbytes((2, 2))
@@ -119,6 +121,7 @@ def test_what_depends_on_the_data_has_no_layout(name):
         ("fp16/byte", "does not fit"),
         ("linear4/row/bitmap", "no level at zero"),
         ("uint8/row/bitmap", "no level at zero"),
+        ("int8/row/sparse", "keeps the bits of floats"),
         ("int8/rank1", "two axes"),
     ],
 )

@@ -198,12 +198,15 @@ def test_numpy_and_torch_store_the_same_bytes_and_read_each_other(name, n, width
     assert on_numpy.codec(name).decode(ours.to_numpy()).tobytes() == decoded.tobytes()
 
 
-@pytest.mark.parametrize("packing", ["", "/byte", "/entropy", "/bitmap"])
+@pytest.mark.parametrize("packing", ["", "/byte", "/entropy", "/bitmap", "/sparse"])
 @pytest.mark.parametrize("name", EVERY)
 def test_every_name_keeps_its_bytes_its_rows_and_its_state(name, packing):
     full = name + packing
     grid = parse(name).grid
-    if (packing == "/byte" and name in FLOATS) or (packing == "/bitmap" and not grid.has_zero):
+    refused = {
+        "/byte": name in FLOATS, "/bitmap": not grid.has_zero, "/sparse": name not in FLOATS
+    }  # fmt: skip
+    if refused.get(packing, False):
         with pytest.raises(InvalidKnob):
             codec(full)
         return
@@ -215,7 +218,7 @@ def test_every_name_keeps_its_bytes_its_rows_and_its_state(name, packing):
         whole = c.decode(packed)
         assert whole.shape == x.shape
         torch.testing.assert_close(whole, codec(name).decode(codec(name).encode(x)))
-        if packing not in ("/entropy", "/bitmap"):
+        if packing not in ("/entropy", "/bitmap", "/sparse"):
             assert packed.nbytes == c.nbytes(shape)
         rows = whole.reshape(math.prod(shape[:-1]), shape[-1])
         assert torch.equal(c.decode(packed, slice(1, 4)), rows[1:4])

@@ -66,11 +66,6 @@ def test_matrices_of_many_blocks_are_those_of_one() -> None:
         assert torch.equal(own.decode(packed, out=torch.empty(shape)), x.float())
 
 
-def test_only_floats_are_sparse() -> None:
-    with pytest.raises(InvalidKnob, match="take 'bitmap'"):
-        codec("int8/row/sparse")
-
-
 @pytest.mark.parametrize("with_text", [False, True])
 def test_pruning_leaves_the_most_important_half_of_each_row(with_text: bool) -> None:
     model, text = llama(), tokens(2, 9)

@@ -28,7 +28,7 @@ def model(data: Path | None) -> Any:
     """The trained model, from the cache where it is there."""
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     folder = cached(f"relu-llama-{code}", lambda folder: _train(data, folder))
-    return LlamaForCausalLM.from_pretrained(folder).eval()
+    return LlamaForCausalLM.from_pretrained(folder)
 
 
 def _train(data: Path | None, folder: Path) -> None:

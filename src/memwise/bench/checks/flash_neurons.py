@@ -212,7 +212,7 @@ def matrix_bytes(lm: Any) -> int:
 
 def largest(lm: Any) -> int:
     """Bytes of the largest of them."""
-    return max(p.nbytes for p in lm.model.layers.parameters() if p.ndim == 2)
+    return max(int(p.nbytes) for p in lm.model.layers.parameters() if p.ndim == 2)
 
 
 def _nll(logits: Tensor, ids: Tensor) -> Values:

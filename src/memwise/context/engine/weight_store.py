@@ -267,7 +267,7 @@ class WeightFile:
             while at < bundle.n_bytes:
                 some = buffer[: min(_CHUNK, bundle.n_bytes - at)]
                 self._into(some, bundle.offset + at)
-                crc, at = zlib.crc32(some.numpy(), crc), at + len(some)
+                crc, at = zlib.crc32(some.numpy().data, crc), at + len(some)
             if crc != bundle.crc:
                 raise StoreCorrupt(
                     f"{self.path}: the bytes of {bundle.name!r} are not those that were written; "
@@ -308,7 +308,7 @@ class WeightFile:
     def _into(self, place: Tensor, offset: int, fd: int | None = None) -> float:
         """Fill bytes from the file; the seconds that it took."""
         source = self._fd if fd is None else fd
-        start, view, at = time.perf_counter(), memoryview(place.numpy()), 0
+        start, view, at = time.perf_counter(), place.numpy().data, 0
         while at < len(view):
             got = os.preadv(source, [view[at:]], offset + at)
             if not got:
