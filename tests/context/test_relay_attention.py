@@ -91,7 +91,7 @@ def test_merged_parts_are_the_softmax_over_all_slots(n_shared: int, n_rows: int)
     parts = [attend(query, *own, seen, scale, n_rows)]
     if n_shared:
         parts.append(attend(query, *shared, seen_shared, scale, n_rows))
-    found = merge(parts)
+    found = merge(parts).reshape(3, 4, 2, 8)
 
     for b in range(3):
         for head in range(4):
@@ -112,7 +112,8 @@ def test_a_row_that_sees_nothing_has_no_weight() -> None:
     keys = query.new_ones(2, 2, 3, 4)
     out, weight = attend(query, keys, keys, seen, 1.0)
     other = query + 1, torch.zeros_like(weight)
-    torch.testing.assert_close(merge([(out, weight), other])[0], other[0][0], atol=0, rtol=0)
+    mixed = merge([(out, weight), other])
+    torch.testing.assert_close(mixed[0], other[0][0], atol=0, rtol=0)
     assert weight[1].exp().isfinite().all()
     assert out.isfinite().all()
 

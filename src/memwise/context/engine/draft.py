@@ -50,20 +50,19 @@ class DraftTree:
         """
         table: list[list[float]] = hits.tolist()
         parents, ranks, depths = [-1], [0], [0]
-        # The likeliest path first; its next sibling and its first child come after it.
-        waiting = [(-table[0][0], 0, 0)] if table and table[0] else []
+        waiting: list[tuple[float, int, int]] = []  # likeliest path first
+
+        def open_children(node: int, likely: float) -> None:
+            for rank, own in enumerate(table[depths[node]] if depths[node] < len(table) else ()):
+                heapq.heappush(waiting, (-likely * own, node, rank))
+
+        open_children(0, 1.0)
         while waiting and len(parents) < n_nodes:
             negative, parent, rank = heapq.heappop(waiting)
-            node, depth = len(parents), depths[parent] + 1
             parents.append(parent)
             ranks.append(rank)
-            depths.append(depth)
-            row = table[depth - 1]
-            if rank + 1 < len(row) and row[rank] > 0:
-                sibling = negative / row[rank] * row[rank + 1]
-                heapq.heappush(waiting, (sibling, parent, rank + 1))
-            if depth < len(table):
-                heapq.heappush(waiting, (negative * table[depth][0], node, 0))
+            depths.append(depths[parent] + 1)
+            open_children(len(parents) - 1, -negative)
         return cls(tuple(parents), tuple(ranks))
 
     def expected(self, hits: Tensor) -> float:

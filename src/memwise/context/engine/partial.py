@@ -6,7 +6,8 @@ their weights afterwards; the result is exact. Slots that all rows of a batch sh
 all rows at once: one product of two matrices for each head, where a copy of the slots for each row
 would make it many products with a thin one.
 
-Shapes: B batch, Hq query heads, H key-value heads, G = Hq / H, q new tokens, n slots, D width.
+Shapes: B batch, Hq query heads, H key-value heads, q new tokens, n slots, D width, and r = q Hq / H
+rows of queries for each key-value head.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 Tensor: TypeAlias = torch.Tensor
 Partial: TypeAlias = tuple[Tensor, Tensor]
-"""Attention on some slots (B, Hq, q, D), and the logarithm of its weight (B, Hq, q)."""
+"""Attention on some slots (B, H, r, D), and the logarithm of its weight (B, H, r, 1)."""
 
 ROWS = 256  # query rows of a head of which logits exist at once
 
@@ -28,7 +29,7 @@ def attend(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float,
     n_rows: int = ROWS,
 ) -> Partial:  # fmt: skip
-    """Attention on some slots; a row that sees none of them has weight 0.
+    """Attention on some slots; a row that sees none of them has hardly any weight.
 
     Args:
         query: (B, Hq, q, D).
@@ -41,34 +42,42 @@ def attend(
     Returns:
         Numbers of the query's type, or float32 where that is narrower.
     """
-    batch, n_query_heads, n_new, width = query.shape
-    n_own, n_heads, n_slots, _ = keys.shape
+    batch, n_new, width = query.shape[0], query.shape[2], query.shape[3]
+    n_own, n_heads, n_slots = keys.shape[:3]
     n_folded = batch // n_own  # rows of the batch that become rows of a head
-    rows = query.view(n_own, n_folded, n_heads, -1, n_new, width).transpose(1, 2)
-    shape = rows.shape[:-1]  # (1 or B, H, B or 1, G, q)
-    rows = rows.reshape(n_own, n_heads, -1, width)
+    rows = query.reshape(batch, n_heads, -1, width)
+    if n_folded > 1:
+        rows = rows.transpose(0, 1).reshape(1, n_heads, -1, width)
     if mask is not None:
+        each = rows.shape[2] // (n_folded * n_new)  # query heads of a head
         mask = mask.expand(batch, 1, n_new, n_slots).view(n_own, 1, n_folded, 1, n_new, n_slots)
-        mask = mask.expand(-1, -1, -1, shape[3], -1, -1).reshape(n_own, 1, -1, n_slots)
+        mask = mask.expand(-1, -1, -1, each, -1, -1).reshape(n_own, 1, -1, n_slots)
+    if rows.shape[2] <= n_rows:
+        out, weight = _attend(rows, keys, values, mask, scale)
+    else:
+        out, weight = _in_blocks(rows, keys, values, mask, scale, n_rows)
+    if n_folded == 1:
+        return out, weight
+    out, weight = (x.view(n_heads, batch, -1, x.shape[-1]).transpose(0, 1) for x in (out, weight))
+    return out, weight
+
+
+def merge(parts: Iterable[Partial]) -> Tensor:
+    """Attention (B, H, r, D) on all slots, from that on parts of them; each row sees some."""
+    return reduce(_merge, parts)[0]
+
+
+def _in_blocks(
+    rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, n_rows: int
+) -> Partial:
+    """A few rows at a time."""
     parts = []
     for first in range(0, rows.shape[2], n_rows):
         some = slice(first, first + n_rows)
         seen = None if mask is None else mask[:, :, some]
         parts.append(_attend(rows[:, :, some], keys, values, seen, scale))
-    out, weight = (
-        parts[0] if len(parts) == 1 else (torch.cat(p, 2) for p in zip(*parts, strict=True))
-    )
-    out = out.view(*shape, -1).transpose(1, 2)
-    weight = weight.view(shape).transpose(1, 2)
-    return (
-        out.reshape(batch, n_query_heads, n_new, -1),
-        weight.reshape(batch, n_query_heads, n_new),
-    )
-
-
-def merge(parts: Iterable[Partial]) -> Tensor:
-    """Attention (B, Hq, q, D) on all slots, from that on parts of them; each row sees some."""
-    return reduce(_merge, parts)[0]
+    out, weight = (torch.cat(each, 2) for each in zip(*parts, strict=True))
+    return out, weight
 
 
 def _attend(
@@ -82,12 +91,12 @@ def _attend(
         logits.masked_fill_(~seen, torch.finfo(wide).min)
     shares = logits.softmax(-1)
     # The greatest share is e^(greatest logit - weight): no second pass of exponentials.
-    weight = logits.amax(-1) - shares.amax(-1).log_()
+    weight = logits.amax(-1, keepdim=True) - shares.amax(-1, keepdim=True).log_()
     return (shares.to(values.dtype) @ values).to(wide), weight
 
 
 def _merge(one: Partial, other: Partial) -> Partial:
     (out, weight), (out_other, weight_other) = one, other
     # alpha = e^lse / (e^lse + e^lse_other); out = alpha out + (1 - alpha) out_other
-    alpha = torch.sigmoid(weight - weight_other)[..., None]
+    alpha = torch.sigmoid(weight - weight_other)
     return torch.lerp(out_other, out, alpha), torch.logaddexp(weight, weight_other)

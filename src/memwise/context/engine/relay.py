@@ -232,7 +232,8 @@ class RelayLayer(CacheLayerMixin):
             if n:
                 near = keys[:, :, -n:], values[:, :, -n:]
                 found.append(partial.attend(query, *near, mask, scale, n_rows))
-        return partial.merge(found).to(query.dtype)
+        out = partial.merge(found).to(query.dtype)
+        return out.reshape(*query.shape[:-1], -1)
 
     def keep(self, chosen: Tensor, n_new: int) -> None:
         """Of the newest tokens keep chosen ones (m,), in that order."""
