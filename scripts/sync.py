@@ -49,8 +49,16 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "memwise.recall.engine.records": ("Context", "Hit", "Receipt"),
     },
     "context": {
+        "memwise.context.engine.consolidate": ("consolidate",),
+        "memwise.context.engine.editor": ("edited",),
+        "memwise.context.engine.features": ("FeatureMemory",),
         "memwise.context.engine.host": ("bounded", "bytes_for"),
         "memwise.context.engine.plan": ("ByLayer", "Uniform"),
+        "memwise.context.engine.prefix": ("PrefixStore",),
+        "memwise.context.engine.pruning": ("prune",),
+        "memwise.context.engine.relay": ("relayed",),
+        "memwise.context.engine.retaining": ("load_heads", "save_heads", "train_heads"),
+        "memwise.context.engine.streaming": ("streamed",),
     },
     "train": {
         "memwise.train.engine.activations": ("compress_activations",),

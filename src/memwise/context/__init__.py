@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Any
 from memwise.catalogue import export
 
 if TYPE_CHECKING:
+    from memwise.context.engine.consolidate import consolidate
+    from memwise.context.engine.editor import edited
+    from memwise.context.engine.features import FeatureMemory
     from memwise.context.engine.host import bounded, bytes_for
     from memwise.context.engine.plan import ByLayer, Uniform
+    from memwise.context.engine.prefix import PrefixStore
+    from memwise.context.engine.pruning import prune
+    from memwise.context.engine.relay import relayed
+    from memwise.context.engine.retaining import load_heads, save_heads, train_heads
+    from memwise.context.engine.streaming import streamed
     from memwise.context.policies.attendre_layer import AttendreLayer
     from memwise.context.policies.attendre_often import AttendreOften
     from memwise.context.policies.attendre_recent import AttendreRecent
@@ -72,6 +80,7 @@ __all__ = [
     "CAMELoT",
     "ContextualMemoryReweaving",
     "Endor",
+    "FeatureMemory",
     "Finch",
     "FullCache",
     "InfiniPot",
@@ -91,6 +100,7 @@ __all__ = [
     "NewestFrames",
     "Oracle",
     "PlainDecoding",
+    "PrefixStore",
     "Random",
     "RandomFrames",
     "RandomPhrases",
@@ -112,6 +122,14 @@ __all__ = [
     "WholeSegments",
     "bounded",
     "bytes_for",
+    "consolidate",
+    "edited",
+    "load_heads",
+    "prune",
+    "relayed",
+    "save_heads",
+    "streamed",
+    "train_heads",
 ]
 
 # Lazy, so that naming one method loads that method's dependencies and no others.
@@ -129,6 +147,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "CAMELoT": ("memwise.context.policies.camelot", "torch"),
     "ContextualMemoryReweaving": ("memwise.context.policies.contextual_memory_reweaving", "torch"),
     "Endor": ("memwise.context.policies.endor", "torch"),
+    "FeatureMemory": ("memwise.context.engine.features", "torch"),
     "Finch": ("memwise.context.policies.finch", "torch"),
     "FullCache": ("memwise.context.policies.full_cache", "torch"),
     "InfiniPot": ("memwise.context.policies.infinipot", "torch"),
@@ -148,6 +167,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "NewestFrames": ("memwise.context.policies.newest_frames", "torch"),
     "Oracle": ("memwise.context.policies.oracle", "torch"),
     "PlainDecoding": ("memwise.context.policies.plain_decoding", "torch"),
+    "PrefixStore": ("memwise.context.engine.prefix", "torch"),
     "Random": ("memwise.context.policies.random", "torch"),
     "RandomFrames": ("memwise.context.policies.random_frames", "torch"),
     "RandomPhrases": ("memwise.context.policies.random_phrases", "torch"),
@@ -169,6 +189,14 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "WholeSegments": ("memwise.context.policies.whole_segments", "torch"),
     "bounded": ("memwise.context.engine.host", "torch"),
     "bytes_for": ("memwise.context.engine.host", "torch"),
+    "consolidate": ("memwise.context.engine.consolidate", "torch"),
+    "edited": ("memwise.context.engine.editor", "torch"),
+    "load_heads": ("memwise.context.engine.retaining", "torch"),
+    "prune": ("memwise.context.engine.pruning", "torch"),
+    "relayed": ("memwise.context.engine.relay", "torch"),
+    "save_heads": ("memwise.context.engine.retaining", "torch"),
+    "streamed": ("memwise.context.engine.streaming", "torch"),
+    "train_heads": ("memwise.context.engine.retaining", "torch"),
 }
 
 

@@ -5,8 +5,8 @@ are given to Gemma-3-270M with the name of the step between ("France") as memory
 probability of the answer's first token. Layer and strength are chosen on the prompts of half of the
 countries, and judged on the others, once.
 
-What must hold: names of other prompts and random nouns, injected alike, help less. The name in
-front of the prompt, as text, is shown beside it.
+What must hold: names of other prompts and random nouns, injected alike, help less, beyond chance.
+The name in front of the prompt, as text, is shown beside it.
 """
 
 from __future__ import annotations
@@ -137,16 +137,15 @@ def _judged(
         value, plain = of(mine), of(base)
         controls = {name: float(of(nats).mean()) for name, nats in held.items()}
         behaves = {
-            "bridges of other prompts help less": controls["bridges of other prompts"]
-            < value.mean(),
-            "random nouns help less": controls["random nouns"] < value.mean(),
+            f"{name} help less": paired_interval(value, of(held[name]), seed, groups=bridges)[0] > 0
+            for name in ("bridges of other prompts", "random nouns")
         }
         primary = of is np.exp
         rows.append(
             Row(
                 metric, float(value.mean()), float(plain.mean()),
                 paired_interval(value, plain, seed, groups=bridges), len(test), controls,
-                behaves if primary else {}, primary=primary,
+                behaves, primary=primary,
                 data=f"{len(test)} prompts on {len(set(bridges))} countries",
                 note=f"{note}; {np.mean(mine > base):.0%} of the answers became likelier"
                 if primary else "",
