@@ -21,10 +21,12 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from memwise import demo_models
 from memwise.bench.data import Conversation, Question, memorybank
 from memwise.budget import Budget
+from memwise.demo_models import CACHE_BUDGET
 from memwise.errors import MissingExtra
-from memwise.models import local_model, notice
+from memwise.models import LocalModel, local_model, notice
 from memwise.recall.engine.dates import iso
 from memwise.recall.engine.records import Context
 from memwise.recall.memory import Memory
@@ -90,11 +92,19 @@ def run(console: Console, db: Path | None = None, embedder: str = "auto") -> Non
         asked = list(_ask(banks, people))
         _show(console, asked)
         console.print("\n[bold]3. Answer[/]: the local model reads what was recalled")
-        _answer(console, banks, asked)
+        console.print(f"   {notice}", style="dim")
+        model = _model(console)
+        if model is not None:
+            _answer(console, model, banks, asked)
         console.print(f"\n[bold]4. Forget[/]: the same dialogues inside {Budget(SMALL_BUDGET)}")
         _forget(console, Path(scratch) / "small.db", people, embedder)
         console.print("\n[bold]5. Where every byte lies[/]")
         console.print(str(next(iter(banks.values())).report()), highlight=False)
+    console.print(f"\n[bold]6. Read[/]: a book through the model, {CACHE_BUDGET} for its KV cache")
+    if model is not None:
+        demo_models.read(console, model)
+    console.print("\n[bold]7. Train[/]: a small model learns the book, plainly and in fewer bytes")
+    demo_models.train(console)
 
 
 def _end_of(one: Conversation) -> Callable[[], str]:
@@ -179,14 +189,18 @@ def _show(console: Console, asked: Sequence[Asked]) -> None:
         )
 
 
-def _answer(console: Console, banks: dict[str, Memory], asked: Sequence[Asked]) -> None:
-    """The first questions of each person, answered by a small base model that is shown how."""
-    console.print(f"   {notice}", style="dim")
+def _model(console: Console) -> LocalModel | None:
     try:
-        model = local_model()
+        return local_model()
     except MissingExtra as missing:
-        console.print(f"   left out: {missing}")
-        return
+        console.print(f"   parts 3 and 6 are left out: {missing}")
+        return None
+
+
+def _answer(
+    console: Console, model: LocalModel, banks: dict[str, Memory], asked: Sequence[Asked]
+) -> None:
+    """The first questions of each person, answered by a small base model that is shown how."""
     for one in _first_of_each(asked, ANSWERED):
         context = banks[one.user].context(one.question.text, tokens=ANSWER_TOKENS)
         notes = "\n".join(context.text.splitlines()[1:-1])

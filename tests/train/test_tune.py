@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import memwise  # noqa: E402
 from memwise.errors import BudgetExceeded, InvalidKnob, StoreLocked  # noqa: E402
 from memwise.train import tune as tuning  # noqa: E402
 from memwise.train.engine.heads import linear_cross_entropy  # noqa: E402
@@ -21,6 +24,7 @@ from memwise.train.tune import Settings, tune  # noqa: E402
 from memwise.train.tune_data import LONGEST, Windows, start_of, tokenized  # noqa: E402
 from memwise.train.tune_plan import CausalLoss  # noqa: E402
 
+FIXTURES = Path(memwise.__file__).parent / "bench" / "fixtures"
 WORDS = "the river ran under the old bridge and nobody in the village knew its name\n"
 
 
@@ -261,3 +265,66 @@ def test_a_process_killed_in_its_middle_leaves_a_checkpoint_that_loads(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] >= 1
+
+
+# --- killed at any moment, from outside
+
+
+KILLED = """
+import sys
+from memwise.train.tune import Settings, tune
+tune(
+    sys.argv[1], sys.argv[2], sys.argv[3] or None, out=sys.argv[4], save_every=1,
+    settings=Settings(n_steps=int(sys.argv[5]), context=int(sys.argv[6])),
+    told=lambda what, numbers: print(what, numbers.get("step"), flush=True),
+)
+"""
+
+
+def _killed_often(model, text, budget, tmp_path, n_steps, context, n_kills) -> None:
+    """Run once whole, once with kills at moments that are drawn, and compare all bits."""
+
+    def begun(out):
+        given = [str(model), str(text), budget, str(out), str(n_steps), str(context)]
+        return subprocess.Popen(
+            [sys.executable, "-c", KILLED, *given], stdout=subprocess.PIPE, text=True
+        )
+
+    def told(process):
+        line = process.stdout.readline()
+        assert line, "the run ended before it was killed"
+        return line.split()
+
+    begun(tmp_path / "whole").communicate()
+    draws, reached = random.Random(0), 0
+    for nth in range(n_kills):
+        process = begun(tmp_path / "cut")
+        goal = min(n_steps - 1, (nth + 1) * n_steps // (n_kills + 1))
+        while (line := told(process))[0] != "step" or int(line[1]) < goal:
+            if line[0] == "plan":
+                assert int(line[1]) >= reached - 1  # at most the step that was not written is lost
+        reached = int(line[1])
+        time.sleep(draws.random() * 0.05)  # somewhere in a step, or in writing
+        process.kill()
+        process.communicate()
+    last = begun(tmp_path / "cut")
+    last.communicate()
+    assert last.returncode == 0
+    assert same(trained(tmp_path / "cut"), trained(tmp_path / "whole"))
+    whole, cut = (json.loads((tmp_path / w / "report.json").read_text()) for w in ("whole", "cut"))
+    assert cut == whole
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_the_same_weights(model, text, tmp_path) -> None:
+    _killed_often(model, text, "", tmp_path, n_steps=63, context=32, n_kills=20)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_two_kills_of_gemma_leave_the_same_weights(tmp_path) -> None:
+    with gzip.open(FIXTURES / "alice_in_wonderland.txt.gz", "rt", encoding="utf-8") as book:
+        (tmp_path / "book.txt").write_text(book.read()[:20_000])
+    _killed_often(
+        "gemma", tmp_path / "book.txt", "1.5GiB", tmp_path, n_steps=6, context=64, n_kills=2
+    )

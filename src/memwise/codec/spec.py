@@ -6,7 +6,7 @@
               | nf4 dyn8 dyn4 linear8 linear4 | learned2 learned3 learned4 learned8
     scale     tensor row column rank1 groupN expandN, with ":f16" for scales in half precision
     rounding  stochastic                    (nearest, ties to even, is left out of the name)
-    packing   byte entropy bitmap           (dense, bit after bit, is left out of the name)
+    packing   byte entropy bitmap sparse    (dense, bit after bit, is left out of the name)
 
 Examples: `int8/row`, `sign`, `sign/row:f16`, `int4/group32/stochastic`, `e4m3/expand128`. A name is
 saved beside the data, so its meaning never changes: what changes gets another name.
@@ -19,6 +19,8 @@ How codes lie in bytes (n rows of d coordinates, N = n d):
              codes alone; floats are rotated left by a bit, so that the exponent fills the byte that
              is coded, and keep their other bytes as they are
     bitmap   a bit a coordinate, 0 for zeros (-0.0 is one); then the codes of the others, dense
+    sparse   the same for floats, but only +0.0 is left out: what has their format already comes
+             back to the bit, with -0.0, infinity and NaN
 """
 
 import math
@@ -38,7 +40,8 @@ BITS = {**FLOATS, **MINIFLOATS, **INTEGERS, "sign": 1, **TABLES, **LEARNED}
 SCALES = ("none", "tensor", "row", "column", "rank1", "group", "expand")
 SCALE_BYTES = {"f32": 4, "f16": 2}
 ROUNDINGS = ("nearest", "stochastic")
-PACKINGS = ("dense", "byte", "entropy", "bitmap")
+PACKINGS = ("dense", "byte", "entropy", "bitmap", "sparse")
+DATA_DEPENDENT = ("entropy", "bitmap", "sparse")  # how many bytes is known after encoding
 BLOCK = 1 << 15  # 16k pay a tenth more for the calls, 64k leave the cache of a core
 
 
@@ -141,7 +144,7 @@ class Packing:
 
     Attributes:
         kind: dense (lowest bit first, rows start at a byte), byte (one code a byte), entropy
-            (Huffman-coded exponents) or bitmap (zeros left out).
+            (Huffman-coded exponents), bitmap (zeros left out) or sparse (bits of +0.0 left out).
     """
 
     kind: str = "dense"
@@ -213,7 +216,7 @@ class Spec:
             InvalidKnob: if the parts do not go together, or their bytes depend on the data.
         """
         arrays = self.scales(shape)
-        if self.packing.kind in ("entropy", "bitmap"):
+        if self.packing.kind in DATA_DEPENDENT:
             raise InvalidKnob(
                 f"codec {self.name!r} has no layout before it has seen data; encode, then ask "
                 "`nbytes` of the result"
@@ -279,6 +282,11 @@ class Spec:
             )
         if packing == "byte" and self.grid.name in FLOATS:
             raise InvalidKnob(f"codec {self.name!r}: a float does not fit a byte; leave out 'byte'")
+        if packing == "sparse" and self.grid.name not in FLOATS:
+            raise InvalidKnob(
+                f"codec {self.name!r}: 'sparse' keeps the bits of floats ({', '.join(FLOATS)}); "
+                "take 'bitmap' for other grids"
+            )
         if packing == "bitmap" and not self.grid.has_zero:
             raise InvalidKnob(
                 f"codec {self.name!r}: a bitmap leaves zeros out, and {self.grid.name!r} has no "

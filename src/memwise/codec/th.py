@@ -16,7 +16,7 @@ import torch
 
 from memwise.codec import np as on_numpy
 from memwise.codec import th_scale, th_store
-from memwise.codec.spec import FLOATS, LEARNED, Block, Spec, blocks, parse
+from memwise.codec.spec import DATA_DEPENDENT, FLOATS, LEARNED, Block, Spec, blocks, parse
 from memwise.codec.th_grid import FLOAT_TYPES, fit, levels, round_float
 from memwise.codec.th_pack import Tensor, Work
 from memwise.errors import InvalidKnob
@@ -95,7 +95,7 @@ class Codec:
         """Exact bytes that `encode` stores for a tensor of `shape`.
 
         Raises:
-            InvalidKnob: for entropy and bitmap, whose bytes depend on the data.
+            InvalidKnob: for entropy, bitmap and sparse, whose bytes depend on the data.
         """
         return self.spec.nbytes(shape)
 
@@ -185,7 +185,7 @@ class Codec:
         """Whether bit patterns are kept, so that NaN and infinity may pass."""
         kind = FLOAT_TYPES.get(self.spec.grid.name)
         exact = kind is not None and torch.promote_types(dtype, kind) == kind
-        return exact and self.spec.packing.kind == "entropy"
+        return exact and self.spec.packing.kind in ("entropy", "sparse")
 
     def _check(self, x: Tensor, generator: torch.Generator | None) -> None:
         if not x.is_floating_point():
@@ -306,7 +306,7 @@ class Codec:
         wanted = (place.stop - place.start, width)
         if tuple(x.shape) != wanted:
             raise InvalidKnob(f"rows {rows} take {wanted}, got {tuple(x.shape)}")
-        if self.spec.packing.kind in ("entropy", "bitmap"):
+        if self.spec.packing.kind in DATA_DEPENDENT:
             raise InvalidKnob(
                 f"codec {self.spec.name!r} has no fixed place for a row; encode the whole tensor"
             )

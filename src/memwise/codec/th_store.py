@@ -6,6 +6,7 @@ Shapes: r rows of w columns in a block, b bits a code.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from memwise.codec.spec import BLOCK, FLOATS, MINIFLOATS, Block, Spec, blocks
@@ -37,6 +38,8 @@ _DTYPES = {
     "f4": torch.float32,
 }
 
+_UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
 Parts = Iterable[tuple[Block, Tensor]]
 
 
@@ -52,7 +55,7 @@ def write(
     match spec.packing.kind:
         case "entropy":
             return _write_entropy(spec, parts, math.prod(shape), device)
-        case "bitmap":
+        case "bitmap" | "sparse":
             return _write_bitmap(spec, parts, shape, device)
     layout = spec.layout(shape)["codes"]
     codes = torch.empty(layout.shape, dtype=_DTYPES[layout.dtype], device=device)
@@ -78,7 +81,7 @@ def read(
     match spec.packing.kind:
         case "entropy":
             yield from _read_entropy(spec, arrays, shape, rows)
-        case "bitmap":
+        case "bitmap" | "sparse":
             yield from _read_bitmap(spec, arrays, shape, rows)
         case _:
             for block in blocks(rows.stop - rows.start, shape[-1], rows.start):
@@ -171,14 +174,23 @@ def _read_bitmap(
     zero = _zero(spec, bitmap.device)
     for block in blocks(rows.stop, shape[-1]):
         columns = slice(block.column // 8, -(-block.columns.stop // 8))
-        present = unpack(bitmap[block.rows, columns], 1, block.width).bool()
-        stop = at + int(present.sum())
+        places = _places(bitmap[block.rows, columns], block.width)
+        stop = at + len(places)
         if block.rows.stop > rows.start:
             kept = _seen(spec, _between(arrays["codes"], spec.grid.bits, at, stop))
-            codes = kept.new_full(present.shape, zero)
-            codes[present] = kept
+            codes = kept.new_full((block.n_rows, block.width), zero)
+            codes.view(-1).index_copy_(0, places, kept)
             yield block, codes
         at = stop
+
+
+def _places(bitmap: Tensor, width: int) -> Tensor:
+    """Where the bits of (r, ceil(w / 8)) bytes are set among r w, in order."""
+    if bitmap.device.type != "cpu":
+        return unpack(bitmap, 1, width).reshape(-1).nonzero().view(-1)
+    # numpy takes bits apart and searches them several times faster than torch.
+    bits = np.unpackbits(bitmap.numpy(), axis=1, count=width, bitorder="little")
+    return torch.from_numpy(np.flatnonzero(bits.view(np.bool_)))
 
 
 def _between(codes: Tensor, n_bits: int, start: int, stop: int) -> Tensor:
@@ -191,7 +203,9 @@ def _between(codes: Tensor, n_bits: int, start: int, stop: int) -> Tensor:
 
 
 def _magnitudes(spec: Spec, part: Tensor) -> Tensor:
-    """What differs from the code of zero, except for zeros; -0.0 counts as 0.0."""
+    """What differs from the code of zero, except for zeros; -0.0 counts as 0.0, but in `sparse`."""
+    if spec.packing.kind == "sparse":
+        return part.view(_UNITS[part.element_size()])
     return part & 0x7F if spec.grid.name in MINIFLOATS else part
 
 

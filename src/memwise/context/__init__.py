@@ -8,46 +8,100 @@ from memwise.catalogue import export
 if TYPE_CHECKING:
     from memwise.context.engine.host import bounded, bytes_for
     from memwise.context.engine.plan import ByLayer, Uniform
+    from memwise.context.policies.attendre_layer import AttendreLayer
+    from memwise.context.policies.attendre_often import AttendreOften
+    from memwise.context.policies.attendre_recent import AttendreRecent
+    from memwise.context.policies.attention_transition import AttentionTransition
+    from memwise.context.policies.camelot import CAMELoT
+    from memwise.context.policies.contextual_memory_reweaving import ContextualMemoryReweaving
+    from memwise.context.policies.endor import Endor
     from memwise.context.policies.finch import Finch
     from memwise.context.policies.full_cache import FullCache
     from memwise.context.policies.h2o import H2O
     from memwise.context.policies.infinipot import InfiniPot
     from memwise.context.policies.keydiff import KeyDiff
+    from memwise.context.policies.last_layer_vectors import LastLayerVectors
+    from memwise.context.policies.layer_stream import LayerStream
+    from memwise.context.policies.llm_in_a_flash import LLMInAFlash
     from memwise.context.policies.lm_infinite import LMInfinite
+    from memwise.context.policies.locret import Locret
+    from memwise.context.policies.loma import LoMA
+    from memwise.context.policies.lone_clips import LoneClips
+    from memwise.context.policies.lone_segments import LoneSegments
+    from memwise.context.policies.mc_vit import MCViT
+    from memwise.context.policies.mean_pooled import MeanPooled
+    from memwise.context.policies.memory_injections import MemoryInjections
     from memwise.context.policies.moviechat import MovieChat
     from memwise.context.policies.newest_frames import NewestFrames
     from memwise.context.policies.oracle import Oracle
+    from memwise.context.policies.plain_decoding import PlainDecoding
+    from memwise.context.policies.ppd import PPD
     from memwise.context.policies.random import Random
     from memwise.context.policies.random_frames import RandomFrames
+    from memwise.context.policies.rcc import RCC
+    from memwise.context.policies.relay_attention import RelayAttention
+    from memwise.context.policies.replicated_prefix import ReplicatedPrefix
     from memwise.context.policies.self_extend import SelfExtend
     from memwise.context.policies.sharp_probe import SharpProbe
+    from memwise.context.policies.sirllm import SirLLM
     from memwise.context.policies.sliding_window import SlidingWindow
     from memwise.context.policies.snapkv import SnapKV
     from memwise.context.policies.streaming_llm import StreamingLLM
+    from memwise.context.policies.surprising_passages import SurprisingPassages
     from memwise.context.policies.tova import TOVA
+    from memwise.context.policies.uniform_clips import UniformClips
     from memwise.context.policies.uniform_frames import UniformFrames
+    from memwise.context.policies.videostreaming import VideoStreaming
+    from memwise.context.policies.whole_segments import WholeSegments
 
 __all__ = [
     "H2O",
+    "PPD",
+    "RCC",
     "TOVA",
+    "AttendreLayer",
+    "AttendreOften",
+    "AttendreRecent",
+    "AttentionTransition",
     "ByLayer",
+    "CAMELoT",
+    "ContextualMemoryReweaving",
+    "Endor",
     "Finch",
     "FullCache",
     "InfiniPot",
     "KeyDiff",
+    "LLMInAFlash",
     "LMInfinite",
+    "LastLayerVectors",
+    "LayerStream",
+    "LoMA",
+    "Locret",
+    "LoneClips",
+    "LoneSegments",
+    "MCViT",
+    "MeanPooled",
+    "MemoryInjections",
     "MovieChat",
     "NewestFrames",
     "Oracle",
+    "PlainDecoding",
     "Random",
     "RandomFrames",
+    "RelayAttention",
+    "ReplicatedPrefix",
     "SelfExtend",
     "SharpProbe",
+    "SirLLM",
     "SlidingWindow",
     "SnapKV",
     "StreamingLLM",
+    "SurprisingPassages",
     "Uniform",
+    "UniformClips",
     "UniformFrames",
+    "VideoStreaming",
+    "WholeSegments",
     "bounded",
     "bytes_for",
 ]
@@ -55,25 +109,52 @@ __all__ = [
 # Lazy, so that naming one method loads that method's dependencies and no others.
 _WHERE: dict[str, tuple[str, ...]] = {
     "H2O": ("memwise.context.policies.h2o", "torch"),
+    "PPD": ("memwise.context.policies.ppd", "torch"),
+    "RCC": ("memwise.context.policies.rcc", "torch"),
     "TOVA": ("memwise.context.policies.tova", "torch"),
+    "AttendreLayer": ("memwise.context.policies.attendre_layer", "torch"),
+    "AttendreOften": ("memwise.context.policies.attendre_often", "torch"),
+    "AttendreRecent": ("memwise.context.policies.attendre_recent", "torch"),
+    "AttentionTransition": ("memwise.context.policies.attention_transition", "torch"),
     "ByLayer": ("memwise.context.engine.plan", "torch"),
+    "CAMELoT": ("memwise.context.policies.camelot", "torch"),
+    "ContextualMemoryReweaving": ("memwise.context.policies.contextual_memory_reweaving", "torch"),
+    "Endor": ("memwise.context.policies.endor", "torch"),
     "Finch": ("memwise.context.policies.finch", "torch"),
     "FullCache": ("memwise.context.policies.full_cache", "torch"),
     "InfiniPot": ("memwise.context.policies.infinipot", "torch"),
     "KeyDiff": ("memwise.context.policies.keydiff", "torch"),
+    "LLMInAFlash": ("memwise.context.policies.llm_in_a_flash", "torch"),
     "LMInfinite": ("memwise.context.policies.lm_infinite", "torch"),
+    "LastLayerVectors": ("memwise.context.policies.last_layer_vectors", "torch"),
+    "LayerStream": ("memwise.context.policies.layer_stream", "torch"),
+    "LoMA": ("memwise.context.policies.loma", "torch"),
+    "Locret": ("memwise.context.policies.locret", "torch"),
+    "LoneClips": ("memwise.context.policies.lone_clips", "torch"),
+    "LoneSegments": ("memwise.context.policies.lone_segments", "torch"),
+    "MCViT": ("memwise.context.policies.mc_vit", "torch"),
+    "MeanPooled": ("memwise.context.policies.mean_pooled", "torch"),
+    "MemoryInjections": ("memwise.context.policies.memory_injections", "torch"),
     "MovieChat": ("memwise.context.policies.moviechat", "torch"),
     "NewestFrames": ("memwise.context.policies.newest_frames", "torch"),
     "Oracle": ("memwise.context.policies.oracle", "torch"),
+    "PlainDecoding": ("memwise.context.policies.plain_decoding", "torch"),
     "Random": ("memwise.context.policies.random", "torch"),
     "RandomFrames": ("memwise.context.policies.random_frames", "torch"),
+    "RelayAttention": ("memwise.context.policies.relay_attention", "torch"),
+    "ReplicatedPrefix": ("memwise.context.policies.replicated_prefix", "torch"),
     "SelfExtend": ("memwise.context.policies.self_extend", "torch"),
     "SharpProbe": ("memwise.context.policies.sharp_probe", "torch"),
+    "SirLLM": ("memwise.context.policies.sirllm", "torch"),
     "SlidingWindow": ("memwise.context.policies.sliding_window", "torch"),
     "SnapKV": ("memwise.context.policies.snapkv", "torch"),
     "StreamingLLM": ("memwise.context.policies.streaming_llm", "torch"),
+    "SurprisingPassages": ("memwise.context.policies.surprising_passages", "torch"),
     "Uniform": ("memwise.context.engine.plan", "torch"),
+    "UniformClips": ("memwise.context.policies.uniform_clips", "torch"),
     "UniformFrames": ("memwise.context.policies.uniform_frames", "torch"),
+    "VideoStreaming": ("memwise.context.policies.videostreaming", "torch"),
+    "WholeSegments": ("memwise.context.policies.whole_segments", "torch"),
     "bounded": ("memwise.context.engine.host", "torch"),
     "bytes_for": ("memwise.context.engine.host", "torch"),
 }

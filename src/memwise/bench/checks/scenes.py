@@ -1,9 +1,10 @@
 """Was it seen? Streams of scenes, long ones and a few short ones, in a memory of few frames.
 
 A scene is one handwritten digit that is shown again and again, moved and with noise. A memory of
-equal bytes takes the stream in; afterwards clean pictures are compared with what it holds. Judged
-is, for the short scenes of a stream, the share of strangers that look less familiar (area under the
-curve); pictures of digits that were never shown are the strangers.
+equal bytes takes the stream in; afterwards clean pictures, in each place where a frame may have
+shown them, are compared with what it holds. Judged is, for the short scenes of a stream, the share
+of strangers that look less familiar (area under the curve); strangers are pictures of digits that
+were never shown.
 
 What must hold: all frames tell short scenes from strangers; folding the neighbours that are least
 alike, which a mistaken reading of the method does, is worse than folding those that are most alike.
@@ -11,6 +12,7 @@ alike, which a mistaken reading of the method does, is worse than folding those 
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ _LONG, _SHORT, _STRANGERS = 14, 6, 40
 _LONG_FRAMES, _SHORT_FRAMES = (20, 60), (3, 5)
 _NOISE = 0.25  # of the pixels' range
 _SIDE = 28
+_MOVES = tuple(itertools.product((-1, 0, 1), repeat=2))  # pixels down and to the right
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def streams(data: Path | None, n: int, seed: int) -> list[Stream]:
         frames = []
         for picture, length in scenes:
             for _ in range(length):
-                moved = picture.roll((draws.randint(-1, 1), draws.randint(-1, 1)), (0, 1))
+                moved = picture.roll(draws.choice(_MOVES), (0, 1))
                 noisy = moved + _NOISE * torch.randn(_SIDE, _SIDE, generator=noise)
                 frames.append(noisy.flatten()[None])
         flat = own.flatten(1)
@@ -149,7 +152,9 @@ def _told(frames: Tensor, stream: Stream, what: str) -> float:
     held = F.normalize(frames.flatten(1), dim=-1)
 
     def familiar(pictures: Tensor) -> Tensor:
-        return (F.normalize(pictures, dim=-1) @ held.T).amax(-1)
+        images = F.normalize(pictures, dim=-1).view(-1, _SIDE, _SIDE)
+        moved = torch.stack([images.roll(move, (1, 2)) for move in _MOVES])
+        return (moved.flatten(2) @ held.T).amax((0, 2))
 
     seen, strange = familiar(getattr(stream, what)), familiar(stream.strangers)
     above: NDArray[np.float64] = (seen[:, None] > strange[None]).double().numpy()

@@ -98,7 +98,7 @@ class Host:
     def __init__(self, model: nn.Module, codec: str | None = None) -> None:
         # Of transformers' own making: what torch knows of a module says too little.
         self.model: Any = model
-        self.decoder: Any = _decoder(model)
+        self.decoder: Any = decoder_of(model)
         self.rotary = Rotary(self.decoder)
         self.shape = replace(_shape(self.decoder), codec=codec)
         if codec is not None:
@@ -229,7 +229,12 @@ class Host:
             cache.forward = None
 
 
-def _decoder(model: nn.Module) -> nn.Module:
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a Hugging Face model that holds its layers.
+
+    Raises:
+        UnsupportedModel: it is no decoder-only model with a list of layers.
+    """
     config = getattr(model, "config", None)
     find = getattr(model, "get_decoder", None)
     if config is None or find is None or getattr(config, "is_encoder_decoder", False):

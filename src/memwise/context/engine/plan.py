@@ -191,6 +191,8 @@ def _bytes(
         work += (2 * max(4, shape.itemsize) + 2) * shape.n_query_heads * _ROWS
     if policy.raw_keys or shape.codec:
         work += shape.pair_bytes // 2  # keys, turned or decoded
+    if type(policy).merge is not CachePolicy.merge:
+        work += (_ROWS + 1) * shape.n_heads * shape.itemsize  # how alike slots are, rows at a time
     if type(policy).branches is not CachePolicy.branches:
         # Keys turned a second time, and which pairs of the rows at hand.
         work += shape.pair_bytes // 2 + _ROWS * (16 * shape.n_heads + 4 * shape.n_query_heads * 4)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memwise.context.engine.cache import BudgetedCache
+    from memwise.context.engine.host import Host
 
 _FORMAT = "memwise.context/1"
 _SAMPLES = 64  # numbers of each parameter that enter the fingerprint
@@ -54,16 +56,25 @@ def load(cache: BudgetedCache, path: Path) -> None:
     cache.restore(state, tensors)
 
 
-def _fingerprint(cache: BudgetedCache, batch: int) -> dict[str, str]:
-    """What has to be the same for a cache to go on, by name."""
-    digest = hashlib.sha256()
-    for name, param in cache.host.model.named_parameters():
+def model_fingerprint(host: Host) -> str:
+    """Hash of a model's weights, layers and rotary angles: keys and values are of no other."""
+    digest = hashlib.sha256(repr(replace(host.shape, codec=None)).encode())
+    for kind in sorted(set(host.shape.layer_types)):
+        like = torch.zeros(1, device=host.device)
+        for table in host.rotary.table(torch.tensor([[1, 999]], device=host.device), kind, like):
+            digest.update(table.double().cpu().numpy().tobytes())
+    for name, param in host.model.named_parameters():
         flat = param.detach().flatten()
         some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].double().cpu().numpy()
         digest.update(f"{name}{tuple(param.shape)}{param.dtype}".encode() + some.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint(cache: BudgetedCache, batch: int) -> dict[str, str]:
+    """What has to be the same for a cache to go on, by name."""
     plan = cache.planned(batch)
     return {
-        "model": digest.hexdigest()[:16],
+        "model": model_fingerprint(cache.host),
         "policy": repr(cache.policy) + _digest(cache.weights),
         "plan": f"slots {list(plan.n_slots.values())}, chunks of {plan.chunk}",
         "probe": str(list(cache.probe)),

@@ -11,8 +11,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+import torch.nn.functional as F
 
-from memwise.context.engine.attention import probabilities, products
+from memwise.context.engine.attention import _ROWS, probabilities, products
 from memwise.context.engine.plan import FULL
 from memwise.context.engine.rotary import turn_back
 from memwise.context.engine.store import BLOCK, EMPTY
@@ -144,6 +145,38 @@ class Step:
         for probs in self.attention():
             torch.maximum(most, probs.amax((2, 3)).float(), out=most)
         return most
+
+    def nearest(self, some: slice, among: slice) -> tuple[Tensor, Tensor]:
+        """The slot whose key is most like that of each slot of `some`, e of them.
+
+        Args:
+            some: slots that are compared.
+            among: slots that are found.
+
+        Returns:
+            Cosines of keys (B, H, e), below -1 where there is no token, and slots (B, H, e).
+        """
+        keys, pos = self.keys[:, :, among], self.pos
+        lengths = keys.norm(dim=-1)[:, :, None].clamp_min(1e-12)
+        none = (pos[:, :, among] == EMPTY)[:, :, None]
+        likes, slots = [], []
+        for part in self.keys[:, :, some].split(_ROWS, 2):
+            cosines = (F.normalize(part, dim=-1) @ keys.mT).div_(lengths).clamp_(max=1.0)
+            best = cosines.masked_fill_(none, -2.0).max(-1)
+            likes.append(best.values.float())
+            slots.append(best.indices + among.start)
+        like = torch.cat(likes, 2).masked_fill(pos[:, :, some] == EMPTY, -2.0)
+        return like, torch.cat(slots, 2)
+
+    def retrieved(self, k: int) -> Tensor:
+        """How many new queries, over all heads, have a slot among their k best (B, H, n)."""
+        total = torch.zeros_like(self.pos, dtype=torch.float32)
+        for probs in self.attention(only_new=True):
+            best = probs.topk(min(k, self.n), dim=-1)
+            # A query that sees fewer than k slots gives the others nothing.
+            hits = (best.values > 0).to(total.dtype)
+            total.scatter_add_(2, best.indices.flatten(2), hits.flatten(2))
+        return total
 
     def attention(self, only_new: bool = False) -> Iterator[Tensor]:
         """Probabilities (B, H, G, r, n) of the kept queries or the probe, some rows at a time.

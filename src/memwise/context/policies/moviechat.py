@@ -29,6 +29,10 @@ class MovieChat(FeaturePolicy):
         left: frames that the buffer becomes.
         weighted: average by the number of frames that are folded already; the paper does not.
 
+    Note:
+        The paper's stretched positions belong to its language model and are not here. Its questions
+        about one moment read the buffer too; here a reader sees `frames`, which hold both.
+
     Raises:
         InvalidKnob: `left` is not from 1 to below `buffer`.
     """
