@@ -132,7 +132,7 @@ class _Speaker:
     def __init__(self, lm: LocalModel, data: Path | None, seed: int) -> None:
         self._tokenizer = lm.tokenizer
         self.start = Turn((lm.tokenizer.bos_token_id,))
-        self._chats = []
+        self._chats = list[tuple[str, str]]()
         for talk in memorybank(data):
             texts = [turn.text.partition(": ")[2] for turn in talk.turns]
             self._chats += zip(texts[::2], texts[1::2], strict=True)
@@ -179,7 +179,8 @@ def ask(
         talk: the dialogue.
         n_slots: that stay in each full-attention layer; 0 = all.
     """
-    n_tokens = sum(len(part.ids) for part in (*talk.turns, *talk.questions))
+    n_tokens = sum(len(turn.ids) for turn in talk.turns)
+    n_tokens += sum(len(question.ids) for question in talk.questions)
     slots = n_slots or n_tokens
     budget = bytes_for(lm.model, policy, slots, chunk=CHUNK)
     found = []
@@ -243,7 +244,8 @@ class _Judged:
     @property
     def nats(self) -> NDArray[np.float64]:
         """Of the right choices, mean of each dialogue."""
-        return -self.logp[..., 0].mean(1)
+        nats: NDArray[np.float64] = -self.logp[..., 0].mean(1)
+        return nats
 
     @property
     def hits(self) -> float:

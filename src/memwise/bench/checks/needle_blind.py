@@ -23,7 +23,7 @@ from memwise.models import LocalModel, local_model
 
 N_ITEMS, N_DECOYS, N_SLOTS = 16, 8, 128
 _NO_BETTER = 1.5  # nats: what is not read; chance among ten digits is 2.3
-_CATALYST = "\n\nRepeat the names, numbers and other facts of the text above, word for word:\n"
+_CATALYST = "\n\nImportant facts to remember from the text above: The"
 _ABLATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "InfiniPot": {"attention alone": {"novel": 0.0}, "novelty alone": {"novel": 1.0}},
 }

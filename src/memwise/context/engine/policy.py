@@ -109,7 +109,8 @@ def smooth(score: Tensor, kernel: int) -> Tensor:
 
 def spread(score: Tensor, kernel: int) -> Tensor:
     """The mean score of `kernel` neighbours (B, H, n): a run of tokens counts, a lone one less."""
-    return F.avg_pool1d(score, kernel, 1, kernel // 2, count_include_pad=False)
+    mean = F.avg_pool1d(score, kernel, 1, kernel // 2, count_include_pad=False)
+    return mean[..., : score.shape[-1]]
 
 
 def pin(score: Tensor, sinks: int = 0, recent: int = 0) -> Tensor:

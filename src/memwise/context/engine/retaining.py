@@ -196,13 +196,17 @@ def train_heads(
     if not lessons:
         raise InvalidKnob("train_heads was given no lessons: heads learn from texts with answers")
     studied = [study(model, lesson) for lesson in lessons]
-    first = untrained(Host(model).shape, hidden, seed)
-    weights = {name: tensor.requires_grad_() for name, tensor in first.items()}
+    host = Host(model)
+    weights = {
+        name: tensor.to(host.device).requires_grad_()
+        for name, tensor in untrained(host.shape, hidden, seed).items()
+    }
     optimizer = torch.optim.AdamW(weights.values(), lr, betas=(0.9, 0.95))
     for step, at in enumerate(_order(len(studied), n_steps, seed)):
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / max(1, warmup), (n_steps - step) / n_steps)
-        loss = sum(_loss(weights, layer, seen, smoothing) for layer, seen in studied[at].items())
+        losses = (_loss(weights, layer, seen, smoothing) for layer, seen in studied[at].items())
+        loss = sum(losses, torch.zeros((), device=host.device))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()

@@ -8,7 +8,7 @@ from typing import ClassVar, TypeAlias
 import torch
 
 from memwise.catalogue import Card
-from memwise.context.engine.policy import CachePolicy, pin, pin_out, smooth
+from memwise.context.engine.policy import CachePolicy, pin, pin_out, smooth, spread
 from memwise.context.engine.step import Step
 from memwise.errors import InvalidKnob
 
@@ -21,13 +21,13 @@ class InfiniPot(CachePolicy):
 
     When the slots are full, a catalyst prompt goes through the model and is forgotten again. A
     share of the slots stays for being unexpected when it came, the others for the attention of that
-    prompt; both are shared among neighbours. What stays is put side by side, right before the next
-    token.
+    prompt. Unexpected is a passage, the mean of neighbours; attention is shared among neighbours.
+    What stays is put side by side, right before the next token.
 
     Attributes:
         catalyst: tokens of the prompt; none = the newest `queries` tokens stand for it.
         novel: share of the slots that stays for being unexpected.
-        kernel: neighbours that share the highest score among them, in tokens; odd.
+        kernel: neighbours whose novelty is averaged and whose attention is shared, in tokens; odd.
         sinks: first tokens that stay, in tokens.
         queries: newest tokens whose attention counts where there is no catalyst, in tokens.
 
@@ -35,7 +35,9 @@ class InfiniPot(CachePolicy):
         InvalidKnob: a share outside of 0 and 1, or another knob below 1.
 
     Note:
-        The paper leaves the share and the pooling open.
+        The paper leaves share and pooling open. A fact is a run of tokens that are all somewhat
+        unexpected, and lone names in a text are more so: by the highest novelty among neighbours,
+        or with half of the slots, facts are lost.
     """
 
     card = Card(
@@ -54,8 +56,8 @@ class InfiniPot(CachePolicy):
     any_length = True
 
     catalyst: tuple[int, ...] = ()
-    novel: float = 0.5
-    kernel: int = 9
+    novel: float = 0.75
+    kernel: int = 21
     sinks: int = 4
     queries: int = 16
 
@@ -84,7 +86,7 @@ class InfiniPot(CachePolicy):
 
     def score(self, step: Step) -> Tensor:
         """Unexpected slots first, as many as their share, then by the prompt's attention."""
-        novelty = smooth(pin_out(step["novelty"], self.sinks), self.kernel)
+        novelty = spread(pin_out(step["novelty"], self.sinks), self.kernel)
         attention = smooth(pin_out(step.received, self.sinks), self.kernel)
         n_novel = min(int(self.novel * (step.n_slots - self.sinks)), step.n)
         order = novelty.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
