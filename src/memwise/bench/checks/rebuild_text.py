@@ -36,10 +36,11 @@ from memwise.context.engine.vectors import VectorCompressor
 
 _GROUP, _SEGMENT = 4, 64  # bytes
 _N_STEPS, _SIZE, _N_PIECES = 400, 16, 96
+_LONGEST = 1.0  # gradients are cut to that length: without it the baseline hardly starts to learn
 _APART = 0.2  # of accuracy, that writing from the right vectors is above the rest at least
 _COLOURS = (b"red ", b"blue", b"gold", b"grey")
 _N_DIGITS = 5
-_KEY_STEPS, _KEY_SIZE, _N_KEYS = 200, 8, 64
+_KEY_STEPS, _KEY_SIZE, _N_KEYS = 300, 8, 64
 _TRAINED, _BEYOND = (1, 2, 4), 8  # segments of a text
 
 
@@ -125,7 +126,7 @@ def run(method: Any, data: Path | None, seed: int) -> list[Row]:
 
 def _trained(policy: Any, text: Corpus, seed: int) -> VectorCompressor:
     compressor: VectorCompressor = policy(byte_llama(seed), seed)
-    train(compressor, text, _N_STEPS, _SIZE, _SEGMENT, seed)
+    train(compressor, text, _N_STEPS, _SIZE, _SEGMENT, seed, _LONGEST)
     return compressor
 
 
@@ -150,7 +151,7 @@ def _keys(own: VectorCompressor, other: VectorCompressor, text: Corpus, seed: in
     ]  # fmt: skip
     length = max(_TRAINED) * _SEGMENT
     for learner in learners:
-        train(learner, text, _KEY_STEPS, _KEY_SIZE, length, seed + 1)
+        train(learner, text, _KEY_STEPS, _KEY_SIZE, length, seed + 1, _LONGEST)
     rows = []
     for n_segments in (*_TRAINED, _BEYOND):
         ids = text.windows(_N_KEYS, n_segments * _SEGMENT - 1)
