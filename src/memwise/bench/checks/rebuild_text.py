@@ -119,7 +119,7 @@ def run(method: Any, data: Path | None, seed: int) -> list[Row]:
               for found in written]  # fmt: skip
     bleu = Row(
         "BLEU-4 over bytes", float(scores[0].mean()), float(scores[1].mean()),
-        paired_interval(*scores, seed), _N_PIECES, primary=False, data=rebuilt.data,
+        paired_interval(scores[0], scores[1], seed), _N_PIECES, primary=False, data=rebuilt.data,
     )  # fmt: skip
     return [rebuilt, bleu, *_keys(own, other, text, seed)]
 
