@@ -5,7 +5,6 @@ Shapes: B windows of T bytes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +35,7 @@ def byte_llama(seed: int, n_layers: int = 3, width: int = 128) -> Any:
 
 def train(
     model: nn.Module, text: Corpus, n_steps: int, size: int, length: int, seed: int,
-    most: float = math.inf,
+    most: float,
 ) -> None:  # fmt: skip
     """Train whatever requires gradients on so many windows of so many bytes.
 

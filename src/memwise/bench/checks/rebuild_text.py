@@ -36,10 +36,11 @@ from memwise.context.engine.vectors import VectorCompressor
 
 _GROUP, _SEGMENT = 4, 64  # bytes
 _N_STEPS, _SIZE, _N_PIECES = 400, 16, 96
+_LONGEST = 1.0  # gradients are cut to that length: without it the baseline hardly starts to learn
 _APART = 0.2  # of accuracy, that writing from the right vectors is above the rest at least
 _COLOURS = (b"red ", b"blue", b"gold", b"grey")
 _N_DIGITS = 5
-_KEY_STEPS, _KEY_SIZE, _N_KEYS = 200, 8, 64
+_KEY_STEPS, _KEY_SIZE, _N_KEYS = 300, 8, 64
 _TRAINED, _BEYOND = (1, 2, 4), 8  # segments of a text
 
 
@@ -118,14 +119,14 @@ def run(method: Any, data: Path | None, seed: int) -> list[Row]:
               for found in written]  # fmt: skip
     bleu = Row(
         "BLEU-4 over bytes", float(scores[0].mean()), float(scores[1].mean()),
-        paired_interval(*scores, seed), _N_PIECES, primary=False, data=rebuilt.data,
+        paired_interval(scores[0], scores[1], seed), _N_PIECES, primary=False, data=rebuilt.data,
     )  # fmt: skip
     return [rebuilt, bleu, *_keys(own, other, text, seed)]
 
 
 def _trained(policy: Any, text: Corpus, seed: int) -> VectorCompressor:
     compressor: VectorCompressor = policy(byte_llama(seed), seed)
-    train(compressor, text, _N_STEPS, _SIZE, _SEGMENT, seed)
+    train(compressor, text, _N_STEPS, _SIZE, _SEGMENT, seed, _LONGEST)
     return compressor
 
 
@@ -150,7 +151,7 @@ def _keys(own: VectorCompressor, other: VectorCompressor, text: Corpus, seed: in
     ]  # fmt: skip
     length = max(_TRAINED) * _SEGMENT
     for learner in learners:
-        train(learner, text, _KEY_STEPS, _KEY_SIZE, length, seed + 1)
+        train(learner, text, _KEY_STEPS, _KEY_SIZE, length, seed + 1, _LONGEST)
     rows = []
     for n_segments in (*_TRAINED, _BEYOND):
         ids = text.windows(_N_KEYS, n_segments * _SEGMENT - 1)

@@ -58,7 +58,7 @@ class Trained:
     @property
     def accuracy(self) -> NDArray[np.float64]:
         """Of each piece."""
-        return self.right.mean(1)
+        return np.asarray(self.right.mean(1), np.float64)
 
     def exact(self, n: int) -> float:
         """Share of segments of so many bytes that are repeated without a mistake."""
@@ -82,7 +82,7 @@ class Blind(nn.Module):
         n_layers = len(self.compressor.host.shape.layer_types)
         at = torch.arange(segments.shape[1])
         logits = self.compressor.spell(SoftCache(n_layers), segments, at)
-        return torch.cat(logits.split(len(ids)), 1)
+        return torch.cat(logits.chunk(_N_SEGMENTS), 1)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Nat a byte of reading, and of repeating."""

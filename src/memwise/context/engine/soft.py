@@ -77,6 +77,8 @@ class SoftLayer(DynamicLayer):
     """
 
     is_croppable = False
+    keys: Any  # (B, H, M, D), once there are slots
+    values: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +118,7 @@ class SoftCache(Cache):
         n_layers: of the model.
     """
 
-    layers: list[SoftLayer]
+    layers: Any  # a list of SoftLayer
 
     def __init__(self, n_layers: int) -> None:
         super().__init__(layers=[SoftLayer() for _ in range(n_layers)])
@@ -124,7 +126,8 @@ class SoftCache(Cache):
     @property
     def n_held(self) -> int:
         """Slots of a layer."""
-        return self.layers[0].n_held
+        n: int = self.layers[0].n_held
+        return n
 
     @property
     def n_bytes(self) -> int:
@@ -181,12 +184,12 @@ class Compressor(nn.Module):
                 f"{type(model).__name__} has sliding layers, which would still see the tokens that "
                 "are compressed; take a model with full attention in every layer, such as Llama"
             )
-        if (how := model.config._attn_implementation) not in _MASKED:  # type: ignore[union-attr]
+        if (how := self.host.model.config._attn_implementation) not in _MASKED:
             raise UnsupportedModel(
                 f"attention by {how!r} looks at no mask of pairs: load the model with "
                 "attn_implementation='sdpa'"
             )
-        words = self.model.get_input_embeddings().weight
+        words: Tensor = self.host.model.get_input_embeddings().weight
         draws = torch.Generator().manual_seed(seed)
         drawn = torch.randn(2, words.shape[1], generator=draws) * float(words.detach().std())
         self.marks = nn.Parameter(drawn.to(words))

@@ -38,9 +38,6 @@ class LoMA(SegmentPolicy):
         better="higher",
         margin=0.05,
         requires=("torch",),
-        negative="after a minute of training, means of keys and values that are trained alike "
-        "repeat as well: 0.963 / 0.964 of bytes at 2 a slot, 0.637 / 0.788 at 4 and 0.423 / 0.397 "
-        "at 8",
     )
 
     ratio: int = 4
