@@ -146,7 +146,7 @@ def multiply(
 
 
 def _raise(y: Tensor, power: Tensor, scratch: Tensor) -> None:
-    """y to a power that broadcasts to it, in place, to the same bits wherever a number lies.
+    """Raise y to a power that broadcasts to it, in place; the same bits wherever a number lies.
 
     torch takes several vectors of numbers at once, and what is left at the end by another routine,
     whose last bit differs. So the end is filled up to whole vectors.

@@ -46,7 +46,7 @@ class Labeller(nn.Module):
     def forward(self, ids: Tensor, chunk: int) -> Tensor:
         """Logits (B, T) of symbols (B, T), given so many at once."""
         found, line = [], None
-        for part in ids.split(chunk, 1):
+        for part in ids.split(chunk, 1):  # type: ignore[no-untyped-call]
             out, line = self.layer(self.embed(part), line)
             found.append(out)
         found.append(self.layer.finish(line))

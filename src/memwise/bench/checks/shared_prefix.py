@@ -100,7 +100,10 @@ def _steps(method: Any, batch: int, length: int, seed: int) -> dict[str, Step]:
 
     def relay() -> None:
         for pair, rows in zip(shared, own, strict=True):
-            parts = (partial.attend(query, *x, None, scale, method.n_rows) for x in (rows, pair))
+            parts = (
+                partial.attend(query, keys, values, None, scale, method.n_rows)
+                for keys, values in (rows, pair)
+            )
             partial.merge(parts)
 
     def replicated() -> None:
@@ -142,7 +145,8 @@ def _whole_step(method: Any, seed: int) -> Row:
             num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=2 * length,
             bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
-        model: Any = LlamaForCausalLM(config).eval()
+        model: Any = LlamaForCausalLM(config)
+    model.eval()
     ids = torch.randint(512, (batch, _OWN), generator=torch.Generator().manual_seed(seed))
     prefix = PrefixStore(model).prefill((i * 7) % 512 for i in range(length))
     copies = load(f"context/{method.card.baseline}")()(model, prefix, batch)

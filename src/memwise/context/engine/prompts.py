@@ -45,7 +45,8 @@ def read(host: RelayHost, tokens: Sequence[int]) -> Read:
     ids = torch.tensor([list(tokens)], device=host.device)
     cache = DynamicCache()  # without the model's settings, so that sliding layers keep all
     out = host.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
-    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    layers: list[Any] = cache.layers
+    pairs = [(layer.keys, layer.values) for layer in layers]
     return Read(ids[0], out.last_hidden_state[0], pairs)
 
 

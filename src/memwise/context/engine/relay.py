@@ -224,9 +224,11 @@ class RelayLayer(CacheLayerMixin):
     def attend(self, query: Tensor, scale: float, forward: Pass) -> Tensor:
         """Attention of new queries (B, Hq, q, D) on the prefix and on their own rows."""
         n, mask = forward.own(self.n, self.window)
-        own = (vectors.read(self.n - n, self.n) for vectors in (self._keys, self._values))
+        own_keys, own_values = (
+            vectors.read(self.n - n, self.n) for vectors in (self._keys, self._values)
+        )
         n_rows = self.cache.n_rows
-        found = [partial.attend(query, *own, mask, scale, n_rows)]
+        found = [partial.attend(query, own_keys, own_values, mask, scale, n_rows)]
         for keys, values in self.parts:
             n, mask = forward.tail(keys.shape[2], self.window)
             if n:
@@ -305,7 +307,7 @@ class RelayCache(Cache):
         self.host, self.prefix, self.room, self.n_rows = host, prefix, room, n_rows
         self.shape, self._budget = host.shape, budget
         chain = prefix.chain if prefix else []
-        layers = []
+        layers: list[Any] = []  # of no more general type: a list of transformers' is invariant
         for i, kind in enumerate(self.shape.layer_types):
             slides = kind == SLIDING
             parts = [one.pairs[i] for one in (chain[-1:] if slides else chain)]
@@ -344,7 +346,7 @@ class RelayCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let rows of the batch follow one another."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.at = self.at.index_select(0, beam_idx.to(self.at.device))
 
     def keep(self, chosen: Tensor, n_new: int) -> None:

@@ -79,7 +79,7 @@ class AttentionTransition(EditPolicy):
         """Attention of the rows of a prompt that belong to this layer."""
         if rows.n_past or not self.strength:
             return None
-        moves = [(self.among(rows.at, *own), *rest) for own, *rest in self.moves(rows)]
+        moves = [(self.among(rows.at, *own), target, tau) for own, target, tau in self.moves(rows)]
         if not any(bool(own.any()) for own, *_ in moves):
             return None
         probs = rows.probs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -35,14 +35,16 @@ class ReplicatedPrefix:
 
         Give the model an attention mask that begins with ones for the prefix.
         """
-        cache = DynamicCache(config=model.config)
+        config: Any = model.config
+        cache = DynamicCache(config=config)
         for i in range(len(prefix.pairs)):
             # Sliding layers have the last tokens in one piece, the others those of each part.
             parts = [one.pairs[i] for one in prefix.chain]
-            slides = cache.layers[i].is_sliding
+            layer: Any = cache.layers[i]
+            slides = layer.is_sliding
             whole = (torch.cat(x, 2) for x in zip(*(parts[-1:] if slides else parts), strict=True))
             keys, values = (x.expand(n_requests, -1, -1, -1).contiguous() for x in whole)
             cache.update(keys, values, i)
             if slides:
-                cache.layers[i].cumulative_length = prefix.n_tokens
+                layer.cumulative_length = prefix.n_tokens
         return cache
