@@ -1,9 +1,9 @@
 """Pruned matrices of Gemma-3-270M on a disk: a cold load, bytes and tokens a second, beside dense.
 
 Half of each row is set to zero by magnitude, and both formats hold bf16. Judged is the time of a
-cold load; bytes follow from a formula, and are shown beside it, with the layers as paired items.
-Time is measured in turns, with pages dropped after each read: a pass of loading alone, and whole
-tokens inside one budget, beside tokens with pages kept; a slow link is the same disk held to a rate.
+cold load; bytes follow from a formula, and are shown beside it, layer by layer. Time is measured in
+turns, with pages dropped after each read: a pass of loading alone, and whole tokens inside one
+budget, beside tokens with pages kept; a slow link is the same disk held to a rate.
 
 What must hold: every matrix comes back to the bit; bytes are those of the formula; columns and row
 ends (CSR) gain nothing at one half; the streamed model's logits are the resident model's; and what
