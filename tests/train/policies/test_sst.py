@@ -100,7 +100,10 @@ def test_gradients_are_those_of_a_naive_loop(shape: Any) -> None:
         torch.testing.assert_close(module.sizes.grad[m], expected)
         if m in (7, 0, 4):
             at, sign = [7, 0, 4].index(m), math.copysign(1.0, size)
-            left, right = sign * of_weight @ module.right[:, m], sign * module.left[:, m] @ of_weight
+            left, right = (
+                sign * of_weight @ module.right[:, m],
+                sign * module.left[:, m] @ of_weight,
+            )
             torch.testing.assert_close(module.left_trained.grad[:, at], left)
             torch.testing.assert_close(module.right_trained.grad[:, at], right)
     torch.testing.assert_close(x.grad, pull @ module.weight())
@@ -176,7 +179,8 @@ def test_new_factors_change_no_output_and_are_orthogonal_again() -> None:
         module.refactor()
         torch.testing.assert_close(module(x), before, atol=1e-4, rtol=0)
         assert max(worst_angle(module.left), worst_angle(module.right)) < 1e-5
-        assert (module.sizes.diff() <= 0).all() and (module.sizes >= 0).all()
+        assert (module.sizes.diff() <= 0).all()
+        assert (module.sizes >= 0).all()
 
 
 def test_factors_are_found_anew_once_as_many_columns_were_drawn_as_there_are() -> None:
@@ -306,7 +310,8 @@ def test_bf16_weights_are_trained() -> None:
     optimizer = SST(rank=5, every=4)(model, lr=0.02)
     train(model, optimizer, 14)
     for module in optimizer.maps.values():
-        assert module.left.dtype == torch.bfloat16 and module.left.isfinite().all()
+        assert module.left.dtype == torch.bfloat16
+        assert module.left.isfinite().all()
 
 
 def test_a_gradient_that_is_no_number_is_refused_before_anything_moves() -> None:
