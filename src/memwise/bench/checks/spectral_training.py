@@ -35,7 +35,7 @@ from memwise.train.policies.sst import SST
 
 WIDTH, LAYERS, HEADS, CONTEXT, SIZE = 48, 2, 2, 64, 16
 RANK = WIDTH // 12
-STEPS, FADE, EVERY, WARMUP = 1000, 300, 40, 8
+STEPS, FADE, EVERY, WARMUP = 1000, 300, 100, 10
 RATES = {"full": 5e-3, "SST": 2e-2, "LoRA": 5e-3, "ReLoRA": 5e-3}
 BETAS = (0.9, 0.95)
 SEEDS, WINDOWS = 2, 64
