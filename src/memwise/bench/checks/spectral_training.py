@@ -90,7 +90,7 @@ class _Restarted(torch.optim.AdamW):
         self.draws = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """As AdamW, with a warm-up of the deltas after each restart."""
         group = self.param_groups[0]
         rate = group["lr"]
@@ -223,7 +223,7 @@ def _trained(
     seconds = time.perf_counter() - start
     nll = window_nll(model, text, WINDOWS, CONTEXT)
     skew = _skew(model)
-    model(text.batch(STEPS, SIZE, CONTEXT, seed)).backward()  # type: ignore[no-untyped-call]
+    model(text.batch(STEPS, SIZE, CONTEXT, seed)).backward()
     optimizer.step()  # so that gradients and states are there to be counted
     book = persistent(model, optimizer)
     held = {kind: book["device", kind] for kind in ("gradients", "optimizer states")}

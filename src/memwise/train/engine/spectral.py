@@ -73,7 +73,7 @@ class SpectralLinear(nn.Module):
         self.sizes = nn.Parameter(sizes)  # (M,)
         self.left_trained = nn.Parameter(left[:, :rank].clone())
         self.right_trained = nn.Parameter(right[:, :rank].clone())
-        self.register_parameter("bias", origin.bias)  # type: ignore[arg-type]
+        self.register_parameter("bias", origin.bias)
         self.train(origin.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,7 +181,8 @@ class SpectralOptimizer(MemOptimizer):
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
         # What counts steps lies in the group, so that it is saved with it.
         first = {"params": directions, "weight_decay": 0.0, "seed": seed, "n_steps": 0}
-        super().__init__([first, {"params": rest}], OptimizerPolicy(), lr, hyper)
+        groups: list[dict[str, Any]] = [first, {"params": rest}]
+        super().__init__(groups, OptimizerPolicy(), lr, hyper)
         self._begin(0)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -253,10 +254,10 @@ def factor(model: nn.Module, target: Target, rank: int) -> dict[str, SpectralLin
     """
     if known := [name for name, m in model.named_modules() if isinstance(m, SpectralLinear)]:
         raise UnsupportedModel(f"{known[0]} is in factors already; call restore(model) first")
-    chosen = select(model, target)
+    chosen: dict[str, Any] = dict(select(model, target))
     if others := [name for name, module in chosen.items() if type(module) is not nn.Linear]:
         raise InvalidKnob(f"{others[0]} is no nn.Linear; leave it out of target={target!r}")
-    linear: dict[str, Any] = {
+    linear = {
         name: module
         for name, module in chosen.items()
         if module.weight.requires_grad and min(module.weight.shape) > rank
