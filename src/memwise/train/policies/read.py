@@ -37,6 +37,8 @@ class READ:
         better="lower",
         margin=0.65,
         requires=("torch",),
+        negative="saved bytes are 0.29 of LoRA's and it learns more than the head alone, but after "
+        "200 steps the byte model's loss is 4.7 % above LoRA's, where 3 % was allowed",
     )
     width: int = 128
 
