@@ -45,6 +45,8 @@ class MemoryInjections(EditPolicy):
         better="higher",
         margin=0.0,
         requires=("torch",),
+        negative="the bridge lifts the mean probability of answers from .164 to .195, and random "
+        "nouns do to .191; in log-probability it gains .345 nat and nouns .050",
     )
 
     memories: tuple[tuple[int, ...], ...] = ()
