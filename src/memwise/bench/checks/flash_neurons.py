@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,19 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Apart(LLMInAFlash):
-    """Each projection has rows of its own, as without bundling."""
+    """Each projection has rows of its own, as without bundling.
+
+    Attributes:
+        lessons: what was learned of each layer, one after another, so that layout alone differs.
+    """
 
     together = False
+
+    lessons: Iterator[Mapping[str, Tensor]] = field(default_factory=lambda: iter(()))
+
+    def learn(self, x: Tensor, fires: Tensor, gate: Tensor) -> Mapping[str, Tensor]:
+        """The next of the lessons."""
+        return next(self.lessons)
 
 
 @dataclass(frozen=True)
@@ -106,16 +116,18 @@ def run(method: LLMInAFlash, data: Path | None, seed: int) -> list[Row]:
     n_all = matrix_bytes(lm)
     knobs, half = vars(method), int(SHARE * n_all)
     plain = load("context/layer_stream")()
-    steps: dict[str, tuple[WeightPolicy, int]] = {
-        "everything": (plain, 2 * largest(lm)),
-        "whole matrices": (plain, half),
-        "predictor": (replace(Apart(**knobs), keep=0), half),
-        "window": (Apart(**knobs), half),
-        "bundles": (method, half),
-        "exact": (Exact(**knobs), n_all),
-        "others": (Others(**knobs), half),
-    }
     with tempfile.TemporaryDirectory() as folder:
+        known = taught(lm, method, Path(folder) / "bundles", half, learned)
+        apart = Apart(**knobs, lessons=iter(known))
+        steps: dict[str, tuple[WeightPolicy, int]] = {
+            "everything": (plain, 2 * largest(lm)),
+            "whole matrices": (plain, half),
+            "predictor": (replace(apart, keep=0), half),
+            "window": (apart, half),
+            "bundles": (method, half),
+            "exact": (Exact(**knobs), n_all),
+            "others": (Others(**knobs), half),
+        }
         # Those that differ in what they read, and not in how it lies, share a file.
         same = {"everything": "whole matrices", "window": "predictor", "others": "bundles"}
         places = {name: Path(folder) / same.get(name, name) for name in steps}
@@ -138,6 +150,17 @@ def run(method: LLMInAFlash, data: Path | None, seed: int) -> list[Row]:
 
 
 # --- running
+
+
+def taught(
+    lm: Any, method: LLMInAFlash, path: Path, budget: int, learned: Tensor
+) -> list[dict[str, Tensor]]:
+    """Make the method's file, and say what it has learned of each layer."""
+    with streamed(lm, method, path, budget, text=learned) as stream:
+        return [
+            {name: tensor.clone() for name, tensor in sparse.known.items()}
+            for sparse in stream.sparse
+        ]
 
 
 def measured(
