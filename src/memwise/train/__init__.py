@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from memwise.train.policies.reversible_darts import ReversibleDARTS
     from memwise.train.policies.selective_differentiation import SelectiveDifferentiation
     from memwise.train.policies.sgdm import SGDM
+    from memwise.train.policies.sst import SST
     from memwise.train.policies.streamlined_inference import StreamlinedInference
     from memwise.train.policies.video_first_masking import VideoFirstMasking
     from memwise.train.tune import Settings, tune
@@ -55,6 +56,7 @@ __all__ = [
     "PEQA",
     "READ",
     "SGDM",
+    "SST",
     "Adafactor",
     "AdamW",
     "AdamW4bit",
@@ -102,6 +104,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "PEQA": ("memwise.train.policies.peqa", "torch"),
     "READ": ("memwise.train.policies.read", "torch"),
     "SGDM": ("memwise.train.policies.sgdm", "torch"),
+    "SST": ("memwise.train.policies.sst", "torch"),
     "Adafactor": ("memwise.train.policies.adafactor", "torch"),
     "AdamW": ("memwise.train.policies.adamw", "torch"),
     "AdamW4bit": ("memwise.train.policies.adamw4bit", "torch"),
