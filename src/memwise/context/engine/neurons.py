@@ -25,7 +25,7 @@ Tensor: TypeAlias = torch.Tensor
 Ids: TypeAlias = NDArray[np.int64]
 
 INPUTS, OUTPUT = ("gate_proj", "up_proj"), "down_proj"
-_MOVED = 16  # rows that are moved at once
+_MOVED = 12  # rows of a projection that are moved at once
 _PROBE = (-8.0, -1.0, -1e-3, 0.0)  # where a neuron has to be silent
 
 
@@ -80,6 +80,7 @@ class Held:
         self.file, self.bundles = file, bundles
         n_all = bundles[0].shape[0]
         self.capacity, self._n_parts = min(capacity, n_all), n_parts
+        self._n_moved = _at_once(bundles, n_parts)
         dtype = getattr(torch, bundles[0].dtype)
         self.matrices = [torch.empty(self.capacity, b.shape[1], dtype=dtype) for b in bundles]
         self.n = 0
@@ -92,14 +93,14 @@ class Held:
         """Bytes of what is preallocated, and of rows on their way to another place."""
         rows = sum(matrix.untyped_storage().nbytes() for matrix in self.matrices)
         notes = self._ids.nbytes + self._place.nbytes + self.fired.nbytes
-        return rows + notes + _MOVED * max(matrix[:1].nbytes for matrix in self.matrices)
+        return rows + notes + self._n_moved * max(matrix[:1].nbytes for matrix in self.matrices)
 
     @staticmethod
-    def room(n_bytes: int, bundles: Sequence[Bundle]) -> int:
-        """Neurons that fit in so many bytes."""
+    def room(n_bytes: int, bundles: Sequence[Bundle], n_parts: int) -> int:
+        """Neurons of so many projections that fit in so many bytes."""
         a_row = max(b.decoded_bytes // b.shape[0] for b in bundles)
         a_neuron = sum(b.decoded_bytes // b.shape[0] for b in bundles)
-        fixed = 2 * 8 * bundles[0].shape[0] + _MOVED * a_row
+        fixed = 2 * 8 * bundles[0].shape[0] + _at_once(bundles, n_parts) * a_row
         return max(0, (n_bytes - fixed) // (a_neuron + 8))
 
     def ids(self) -> Ids:
@@ -138,8 +139,9 @@ class Held:
         stays = np.ones(self.n - left, bool)
         stays[places[places >= left] - left] = False
         movers = left + np.flatnonzero(stays)
-        for first in range(0, len(holes), _MOVED):
-            to, of = (torch.from_numpy(i[first : first + _MOVED]) for i in (holes, movers))
+        for first in range(0, len(holes), self._n_moved):
+            some = slice(first, first + self._n_moved)
+            to, of = (torch.from_numpy(i[some]) for i in (holes, movers))
             for matrix in self.matrices:
                 matrix[to] = matrix[of]
         self._place[ids] = -1
@@ -151,6 +153,11 @@ class Held:
         """Let go what has not fired for any token from `since` on."""
         ids = self.ids()
         self.drop(ids[self.fired[ids] < since])
+
+
+def _at_once(bundles: Sequence[Bundle], n_parts: int) -> int:
+    """Rows that are moved at once: as many bytes, whether a row holds one projection or all."""
+    return max(1, _MOVED * len(bundles) // n_parts)
 
 
 class SparseFFN:

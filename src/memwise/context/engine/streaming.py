@@ -202,7 +202,8 @@ class Stream:
             bundles = [
                 b for name, b in self.file.bundles.items() if name.startswith(f"{i}.neurons")
             ]
-            capacity = Held.room(left // len(mlps), bundles)
+            n_parts = len(neurons.matrices_of(mlp))
+            capacity = Held.room(left // len(mlps), bundles, n_parts)
             if not capacity:
                 raise BudgetExceeded(
                     f"{readable(left)} are left for the neurons of {len(mlps)} layers beside what "
@@ -214,7 +215,7 @@ class Stream:
                 for name, tensor in self.store.resident.items()
                 if name.startswith(prefix)
             }
-            held = Held(self.file, bundles, len(neurons.matrices_of(mlp)), capacity)
+            held = Held(self.file, bundles, n_parts, capacity)
             self.store.ledger.add("host", "neurons", held.n_bytes)
             sparse = SparseFFN(mlp, policy, known, held)
             self.sparse.append(sparse)
