@@ -82,6 +82,7 @@ class Mean(Reserving):
     n_tokens: int
 
     def first(self, request: Request) -> int:
+        """The same for all."""
         return self.n_tokens
 
 
@@ -90,12 +91,15 @@ class Paged(Reserving):
     """No reservation: a page more when it is needed; who came last gives way when none is left."""
 
     def first(self, request: Request) -> int:
+        """One page."""
         return PAGE
 
     def grown(self, n_tokens: int) -> int:
+        """One page more."""
         return n_tokens + PAGE
 
     def gives_way(self, full: int, running: Sequence[int], fits: bool) -> int | None:
+        """Nobody, while there are pages."""
         return None if fits else running[-1]
 
 

@@ -231,29 +231,36 @@ class _Run:
         return joining
 
     def _overflow(self, i: int) -> None:
-        wanted = self._bounded(self.requests[i], self.policy.grown(self.reserved[i]), i)
+        wanted = self._grown(i)
         more = (wanted - self.reserved[i]) * self.token_bytes
-        while True:
+        while i in self.running:
             other = self.policy.gives_way(i, tuple(self.running), self._fits(more))
-            if other is not None:
-                self._leave(other)
-                self.waiting.append(other)
-                self.n_preempted += 1
-                self.n_again += self.requests[other].n_prompt + self.written[other] - 1
-            else:
+            if other is None:
                 self.ledger.add(*_LINE, more)
-            if other is None or other == i:
                 self.reserved[i] = wanted
                 return
+            self._preempt(other)
+
+    def _preempt(self, i: int) -> None:
+        self._leave(i)
+        self.waiting.append(i)
+        self.n_preempted += 1
+        self.n_again += self.requests[i].n_prompt + self.written[i] - 1
+        if self.written[i] == self.reserved[i]:
+            self.reserved[i] = self._grown(i)
 
     def _leave(self, i: int) -> None:
         self.worker.drop(i)
         self.running.remove(i)
         self.ledger.release(*_LINE, self._bytes(i))
 
-    def _bounded(self, request: Request, n_tokens: int, i: int | None = None) -> int:
-        least = 1 if i is None else self.reserved[i] + 1
-        return min(max(n_tokens, least), request.limit)
+    def _grown(self, i: int) -> int:
+        n_tokens = max(self.policy.grown(self.reserved[i]), self.reserved[i] + 1)
+        return self._bounded(self.requests[i], n_tokens)
+
+    @staticmethod
+    def _bounded(request: Request, n_tokens: int) -> int:
+        return min(max(n_tokens, 1), request.limit)
 
     def _at_limit(self, i: int) -> bool:
         return self.written[i] == self.requests[i].limit
