@@ -44,7 +44,7 @@ class S3(Reserving):
 
     n_buckets: int = 10
     growth: float = 2.0
-    decay: float = 0.01
+    decay: float = 1.0
     n_steps: int = 300
 
     def __post_init__(self) -> None:
