@@ -330,6 +330,7 @@ def _predictor(train: Asked, served: Asked, predictor: LengthPredictor, seed: in
             "long enough": float((predictor(served.vectors) >= served.lengths).mean()),
         },
         primary=False, data="signatures of packages that were not learned from",
+        note="shown, not judged: below the frequencies, a prompt tells something of the length",
     )  # fmt: skip
 
 
