@@ -52,7 +52,9 @@ class Watched(SimulatedWorker):
     def __init__(self, n_prompts: list[int], lengths: list[int]) -> None:
         super().__init__(COSTS, n_prompts, lengths)
         self.rows: dict[int, int] = {}
-        self.most, self.batches, self.dropped = 0, [], []
+        self.most = 0
+        self.batches: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self.dropped: list[int] = []
 
     def step(self, batch: Batch) -> Any:
         assert not set(batch.joining) & self.rows.keys()

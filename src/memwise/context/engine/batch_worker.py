@@ -78,5 +78,6 @@ class ModelWorker:
 
 
 def _bytes(cache: DynamicCache) -> int:
-    held = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+    layers: list[Any] = cache.layers
+    held = [part for layer in layers for part in (layer.keys, layer.values)]
     return sum(part.untyped_storage().nbytes() for part in held if part is not None)
