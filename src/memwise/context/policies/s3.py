@@ -31,6 +31,9 @@ class S3(Reserving):
         The predictor is a linear classifier on vectors that are given, where the paper fine-tunes
         DistilBERT. It is fitted anew by a call to `predictor`; nothing collects mispredictions.
         A text that gave way keeps what it has written, and only its rows are computed again.
+        In the check, signatures of other packages say nothing of a docstring's length: all are put
+        into the shortest bucket, a reservation of the mean length serves as well, and the gain is
+        that of reserving little and trying again, not of the prediction.
     """
 
     card = Card(
