@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from memwise.context.policies.rcc import RCC
     from memwise.context.policies.relay_attention import RelayAttention
     from memwise.context.policies.replicated_prefix import ReplicatedPrefix
+    from memwise.context.policies.s3 import S3
     from memwise.context.policies.selective_context import SelectiveContext
     from memwise.context.policies.self_extend import SelfExtend
     from memwise.context.policies.sharp_probe import SharpProbe
@@ -64,12 +65,14 @@ if TYPE_CHECKING:
     from memwise.context.policies.uniform_frames import UniformFrames
     from memwise.context.policies.videostreaming import VideoStreaming
     from memwise.context.policies.whole_segments import WholeSegments
+    from memwise.context.policies.worst_case_reservation import WorstCaseReservation
     from memwise.context.policies.xl3m import XL3M
 
 __all__ = [
     "H2O",
     "PPD",
     "RCC",
+    "S3",
     "TOVA",
     "XL3M",
     "AttendreLayer",
@@ -120,6 +123,7 @@ __all__ = [
     "UniformFrames",
     "VideoStreaming",
     "WholeSegments",
+    "WorstCaseReservation",
     "bounded",
     "bytes_for",
     "consolidate",
@@ -137,6 +141,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "H2O": ("memwise.context.policies.h2o", "torch"),
     "PPD": ("memwise.context.policies.ppd", "torch"),
     "RCC": ("memwise.context.policies.rcc", "torch"),
+    "S3": ("memwise.context.policies.s3",),
     "TOVA": ("memwise.context.policies.tova", "torch"),
     "XL3M": ("memwise.context.policies.xl3m", "torch"),
     "AttendreLayer": ("memwise.context.policies.attendre_layer", "torch"),
@@ -187,6 +192,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "UniformFrames": ("memwise.context.policies.uniform_frames", "torch"),
     "VideoStreaming": ("memwise.context.policies.videostreaming", "torch"),
     "WholeSegments": ("memwise.context.policies.whole_segments", "torch"),
+    "WorstCaseReservation": ("memwise.context.policies.worst_case_reservation",),
     "bounded": ("memwise.context.engine.host", "torch"),
     "bytes_for": ("memwise.context.engine.host", "torch"),
     "consolidate": ("memwise.context.engine.consolidate", "torch"),

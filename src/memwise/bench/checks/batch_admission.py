@@ -221,6 +221,7 @@ def _throughput(
         {
             "every text is complete, whatever is predicted": complete,
             "no more than with the true lengths": mine <= mean["oracle"],
+            "predictions of other prompts are worse": mine > mean["predictions of other prompts"],
             "the budget holds at every moment": peak <= budget,
         },
         bytes=max(one.peak_bytes for one in found["mine"]), seconds=seconds,
