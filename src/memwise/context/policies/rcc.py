@@ -38,8 +38,8 @@ class RCC(VectorPolicy):
         better="higher",
         margin=0.02,
         requires=("torch",),
-        negative="small byte models that are trained some minutes write .589 of the bytes back, and "
-        ".590 where the last layer alone feeds all of the decoder's; keys are not found by either",
+        negative="small byte models, trained some minutes, write .589 of the bytes back, and .590 "
+        "where the last layer alone feeds all of the decoder's; neither finds keys",
     )
 
     group: int = 32
