@@ -78,8 +78,8 @@ def by_loops(seen: Masks) -> bool:
                     part.add((r, c))
                     todo += [(r + i, c + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
             parts.append(part)
-        sizes = [len(p) for p in parts]
-        if parts and box(chosen) / box(chosen | parts[sizes.index(max(sizes))]) <= 0.7:
+        # Of equals the one that was found last, as its label is the smallest.
+        if parts and box(chosen) / box(chosen | max(reversed(parts), key=len)) <= 0.7:
             return True
     return False
 
@@ -93,8 +93,8 @@ def test_the_distractor_test_is_the_loop() -> None:
         rest = (other[0] & ~chosen).sum()
         if rest:
             found.append((DAM4SAM().distracted(seen), by_loops(seen)))
-    # Components of equal size are rare, and may be chosen differently.
-    assert sum(mine == true for mine, true in found) >= 54
+    assert all(mine == true for mine, true in found)
+    assert 0 < sum(true for _, true in found) < 60
 
 
 def test_an_absent_target_writes_nothing() -> None:
