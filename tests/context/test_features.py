@@ -31,7 +31,8 @@ def frames(n: int, seed: int = 0) -> Any:
 
 
 def memory(policy: Any, n_places: int) -> FeatureMemory:
-    return FeatureMemory(policy, SHAPE, budget_for(n_places, SHAPE, torch.float64), torch.float64)
+    budget = budget_for(n_places, SHAPE, torch.float64, policy.n_numbers)
+    return FeatureMemory(policy, SHAPE, budget, torch.float64)
 
 
 def fed(policy: Any, n_places: int, stream: Any) -> FeatureMemory:
@@ -44,7 +45,7 @@ def fed(policy: Any, n_places: int, stream: Any) -> FeatureMemory:
 @each_policy
 def test_a_long_stream_stays_inside_the_budget(name: str) -> None:
     policy, n_places = load(f"context/{name}")(), 40
-    budget = budget_for(n_places, SHAPE, torch.float64)
+    budget = budget_for(n_places, SHAPE, torch.float64, policy.n_numbers)
     held = fed(policy, n_places, frames(200))
     assert 0 < held.n <= held.n_places == n_places
     assert bytes_of(held.tensors()) <= budget

@@ -41,6 +41,11 @@ class FeaturePolicy:
         """Places below which this policy cannot work."""
         return 2
 
+    @property
+    def n_numbers(self) -> int:
+        """Numbers that the policy keeps beside the frames, 4 bytes each."""
+        return 0
+
     def add(self, memory: FeatureMemory, frame: Tensor, time: int, seen: Any = None) -> None:
         """Take a frame (P, D) in; there is a free place, and there must be one afterwards.
 
@@ -80,7 +85,7 @@ class FeatureMemory:
         self.policy, self.shape, self.budget = policy, shape, Budget(budget)
         self.dtype = dtype
         a_place = shape[0] * shape[1] * dtype.itemsize + _NOTES
-        self.n_places = int(self.budget) // a_place
+        self.n_places = (int(self.budget) - 4 * policy.n_numbers) // a_place
         if self.n_places < policy.least:
             raise BudgetExceeded(
                 f"{type(policy).__name__} needs {policy.least} places of {readable(a_place)} each; "
@@ -90,6 +95,7 @@ class FeatureMemory:
         self._times = torch.zeros(self.n_places, dtype=torch.int64, device=device)
         self._mass = torch.zeros(self.n_places, dtype=torch.float32, device=device)
         self._kinds = torch.zeros(self.n_places, dtype=torch.int32, device=device)
+        self.numbers = torch.zeros(policy.n_numbers, dtype=torch.float32, device=device)
         self.n, self.n_seen, self._last = 0, 0, -1
         self.ledger = Ledger(self.budget)
         for name, tensor in self.tensors().items():
@@ -147,8 +153,8 @@ class FeatureMemory:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is held, by name."""
-        held = {"frames": self._frames, "times": self._times}
-        return {**held, "mass": self._mass, "kinds": self._kinds}
+        numbers = {"numbers": self.numbers} if len(self.numbers) else {}
+        return self._places() | numbers
 
     def report(self) -> dict[str, Any]:
         """Bytes, places and times, for printing."""
@@ -166,7 +172,8 @@ class FeatureMemory:
         """Write all that is held; the file appears when it is whole."""
         target = Path(path)
         part = target.with_name(target.name + ".part")
-        held = {name: tensor[: self.n].clone() for name, tensor in self.tensors().items()}
+        held = {name: tensor[: self.n].clone() for name, tensor in self._places().items()}
+        held["numbers"] = self.numbers
         numbers = {"seen": self.n_seen, "last": self._last}
         save_file(held, part, {"format": _FORMAT, "state": json.dumps(numbers), **self._own()})
         os.replace(part, target)
@@ -191,8 +198,10 @@ class FeatureMemory:
                 raise InvalidKnob(f"{path} was saved with another {what}: {meta[what]}, not {own}")
         state = json.loads(meta["state"])
         self.n, self.n_seen, self._last = len(held["times"]), state["seen"], state["last"]
-        for name, tensor in self.tensors().items():
+        for name, tensor in self._places().items():
             tensor[: self.n] = held[name]
+        if len(self.numbers):
+            self.numbers.copy_(held["numbers"])
 
     # --- what policies do
 
@@ -204,7 +213,7 @@ class FeatureMemory:
 
     def drop(self, place: int) -> None:
         """Let a frame go; the later ones move up."""
-        for tensor in self.tensors().values():
+        for tensor in self._places().values():
             for i in range(place, self.n - 1):  # one at a time, so that nothing is held twice
                 tensor[i] = tensor[i + 1]
         self.n -= 1
@@ -234,11 +243,17 @@ class FeatureMemory:
         flat = self.frames[first:last].flatten(1).float()
         return torch.cosine_similarity(flat[:-1], flat[1:], dim=-1)
 
+    def _places(self) -> dict[str, Tensor]:
+        held = {"frames": self._frames, "times": self._times}
+        return {**held, "mass": self._mass, "kinds": self._kinds}
+
     def _own(self) -> dict[str, str]:
         shape = f"{self.n_places} x {self.shape} {self.dtype}"
         return {"policy": repr(self.policy), "shape": shape}
 
 
-def budget_for(n_places: int, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Budget:
-    """Bytes of so many places of frames (P, D)."""
-    return Budget(n_places * (shape[0] * shape[1] * dtype.itemsize + _NOTES))
+def budget_for(
+    n_places: int, shape: tuple[int, int], dtype: torch.dtype = torch.float32, n_numbers: int = 0
+) -> Budget:
+    """Bytes of so many places of frames (P, D), and of a policy's numbers."""
+    return Budget(n_places * (shape[0] * shape[1] * dtype.itemsize + _NOTES) + 4 * n_numbers)
