@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from memwise.context.policies.attention_transition import AttentionTransition
     from memwise.context.policies.camelot import CAMELoT
     from memwise.context.policies.contextual_memory_reweaving import ContextualMemoryReweaving
+    from memwise.context.policies.dam4sam import DAM4SAM
     from memwise.context.policies.endor import Endor
     from memwise.context.policies.finch import Finch
     from memwise.context.policies.full_cache import FullCache
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from memwise.context.policies.xl3m import XL3M
 
 __all__ = [
+    "DAM4SAM",
     "H2O",
     "PPD",
     "RCC",
@@ -138,6 +140,7 @@ __all__ = [
 
 # Lazy, so that naming one method loads that method's dependencies and no others.
 _WHERE: dict[str, tuple[str, ...]] = {
+    "DAM4SAM": ("memwise.context.policies.dam4sam", "torch"),
     "H2O": ("memwise.context.policies.h2o", "torch"),
     "PPD": ("memwise.context.policies.ppd", "torch"),
     "RCC": ("memwise.context.policies.rcc", "torch"),

@@ -29,6 +29,8 @@ class SelectiveContext(PromptPolicy):
         better="lower",
         margin=0.0,
         requires=("torch",),
+        negative="with half of the tokens the last sentence of a passage costs 3.909 nat a token, "
+        "behind random phrases 3.841 and behind the newest ones 3.443; 20 passages",
     )
 
     def score(self, prompt: Prompt) -> Sequence[float]:
