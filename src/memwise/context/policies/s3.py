@@ -40,7 +40,7 @@ class S3(Reserving):
         baseline="worst_case_reservation",
         better="higher",
         margin=0.5,
-        negative="1.9 times the worst case's throughput, and as much with the predictions of other "
+        negative="1.6 times the worst case's throughput, and as much with the predictions of other "
         "prompts: signatures say nothing of a docstring's length, and trying again does the work",
     )
 
