@@ -130,7 +130,7 @@ def run(method: DAM4SAM, data: Path | None, seed: int) -> list[Row]:
         Row(
             "losses per sequence", float(mine.mean()), float(base.mean()),
             paired_interval(mine, base, seed), len(mine), means,
-            {"absence gating helps": means["no absence gating"] > mine.mean()},
+            {"absence gating helps": bool(means["no absence gating"] > mine.mean())},
             data=f"MNIST, {N_SEQUENCES} sequences of {N_FRAMES} frames, 7 frames in memory",
         )
     ]  # fmt: skip
