@@ -59,6 +59,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "memwise.context.engine.relay": ("relayed",),
         "memwise.context.engine.retaining": ("load_heads", "save_heads", "train_heads"),
         "memwise.context.engine.streaming": ("streamed",),
+        "memwise.context.policies.dam4sam": ("Masks",),
     },
     "train": {
         "memwise.train.engine.activations": ("compress_activations",),

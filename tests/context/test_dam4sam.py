@@ -128,5 +128,7 @@ def test_the_areas_are_saved(tmp_path: Any) -> None:
 def test_bad_knobs_are_refused() -> None:
     with pytest.raises(InvalidKnob, match="every"):
         DAM4SAM(every=0)
+    with pytest.raises(InvalidKnob, match="n_resolving=1: give a number from 2"):
+        DAM4SAM(n_resolving=1)
     with pytest.raises(InvalidKnob, match="min_iou"):
         DAM4SAM(min_iou=2)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from memwise.context.policies.attention_transition import AttentionTransition
     from memwise.context.policies.camelot import CAMELoT
     from memwise.context.policies.contextual_memory_reweaving import ContextualMemoryReweaving
-    from memwise.context.policies.dam4sam import DAM4SAM
+    from memwise.context.policies.dam4sam import DAM4SAM, Masks
     from memwise.context.policies.endor import Endor
     from memwise.context.policies.finch import Finch
     from memwise.context.policies.full_cache import FullCache
@@ -99,6 +99,7 @@ __all__ = [
     "LoneClips",
     "LoneSegments",
     "MCViT",
+    "Masks",
     "MeanPooled",
     "MemoryInjections",
     "MovieChat",
@@ -169,6 +170,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "LoneClips": ("memwise.context.policies.lone_clips", "torch"),
     "LoneSegments": ("memwise.context.policies.lone_segments", "torch"),
     "MCViT": ("memwise.context.policies.mc_vit", "torch"),
+    "Masks": ("memwise.context.policies.dam4sam", "torch"),
     "MeanPooled": ("memwise.context.policies.mean_pooled", "torch"),
     "MemoryInjections": ("memwise.context.policies.memory_injections", "torch"),
     "MovieChat": ("memwise.context.policies.moviechat", "torch"),

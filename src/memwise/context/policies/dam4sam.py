@@ -74,9 +74,10 @@ class DAM4SAM(FeaturePolicy):
     box_iou: float = 0.7
 
     def __post_init__(self) -> None:
-        for name in ("n_resolving", "every", "gap"):
-            if getattr(self, name) < 1:
-                raise InvalidKnob(f"{name}={getattr(self, name)}: give a number from 1")
+        # The first frame never goes, so another one needs a second place.
+        for name, least in (("n_resolving", 2), ("every", 1), ("gap", 1)):
+            if getattr(self, name) < least:
+                raise InvalidKnob(f"{name}={getattr(self, name)}: give a number from {least}")
         for name in ("min_iou", "area_share", "box_iou"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidKnob(f"{name}={getattr(self, name)}: give a share from 0 to 1")
