@@ -32,7 +32,7 @@ from memwise.context.policies.lone_frames import LoneFrames
 
 SIDE, PATCH, DIGIT = 28, 4, 20  # pixels of a frame, a patch, and the part of it that is a digit
 WIDTH, N_LAYERS, N_HEADS = 64, 3, 4
-N_TRAINED, BATCH, RATE = 500, 48, 2e-3
+N_TRAINED, BATCH, RATE = 1500, 24, 2e-3
 N_STEPS = 10
 N_CLIPS, N_FRAMES = 24, 10
 LENGTHS = (5, 10, 20)  # frames of clips of which bytes are counted
@@ -149,6 +149,7 @@ def trained(images: Tensor, seed: int) -> Denoiser:
     net, draws = Denoiser(seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(net.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, N_TRAINED)
+    criterion = nn.MSELoss()
     for _ in range(N_TRAINED):
         source, target = _examples(images, draws)
         angle = torch.rand(BATCH, generator=draws) * torch.pi / 2
@@ -156,7 +157,7 @@ def trained(images: Tensor, seed: int) -> Denoiser:
         noise = torch.randn(target.shape, generator=draws)
         made = net(part.cos() * target + part.sin() * noise, source, angle)
         optimizer.zero_grad()
-        F.mse_loss(made, target).backward()
+        criterion(made, target).backward()
         optimizer.step()
         schedule.step()
     return net.eval()
@@ -232,10 +233,8 @@ def _edited(policy: FramePolicy, net: Denoiser, clips: Sequence[Clip]) -> list[T
     ]
 
 
-def _foreign(
-    method: FramePolicy, net: Denoiser, clips: Sequence[Clip]
-) -> NDArray[np.float64]:  # fmt: skip
-    """Each frame of a clip follows the anchors of another clip, every frame those of its own."""
+def _foreign(method: FramePolicy, net: Denoiser, clips: Sequence[Clip]) -> NDArray[np.float64]:
+    """Errors where each frame follows the anchors of another clip, no two frames the same ones."""
     caches = []
     for clip in clips:
         places = list(method.anchors(len(clip.source)))
@@ -269,8 +268,8 @@ def _drawn(made: Sequence[Tensor], clips: Sequence[Clip]) -> float:
     for frames, clip in zip(made, clips, strict=True):
         still = -windows(frames, clip.places).double().flatten(1)
         true = clip.digit.double().flatten()[None]
-        centred = (x - x.mean(1, keepdim=True) for x in (still, true))
-        found.append(float(F.cosine_similarity(*centred).mean()))
+        still, true = (x - x.mean(1, keepdim=True) for x in (still, true))
+        found.append(float(F.cosine_similarity(still, true).mean()))
     return float(np.mean(found))
 
 

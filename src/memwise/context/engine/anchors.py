@@ -221,6 +221,7 @@ class FramePolicy:
         Raises:
             BudgetExceeded: the anchors do not fit.
             InvalidKnob: there are no frames, or `n_at_once` is below 1.
+            UnsupportedModel: see `followed`.
         """
         n_frames = len(inputs[0])
         places = self.anchors(n_frames)
