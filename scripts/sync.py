@@ -49,6 +49,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "memwise.recall.engine.records": ("Context", "Hit", "Receipt"),
     },
     "context": {
+        "memwise.context.engine.anchors": ("AnchorCache", "follow", "hold"),
         "memwise.context.engine.consolidate": ("consolidate",),
         "memwise.context.engine.editor": ("edited",),
         "memwise.context.engine.features": ("FeatureMemory",),

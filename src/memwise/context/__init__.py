@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from memwise.catalogue import export
 
 if TYPE_CHECKING:
+    from memwise.context.engine.anchors import AnchorCache, follow, hold
     from memwise.context.engine.consolidate import consolidate
     from memwise.context.engine.editor import edited
     from memwise.context.engine.features import FeatureMemory
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from memwise.context.policies.contextual_memory_reweaving import ContextualMemoryReweaving
     from memwise.context.policies.dam4sam import DAM4SAM, Masks
     from memwise.context.policies.endor import Endor
+    from memwise.context.policies.fairy import Fairy
     from memwise.context.policies.finch import Finch
     from memwise.context.policies.full_cache import FullCache
     from memwise.context.policies.h2o import H2O
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from memwise.context.policies.locret import Locret
     from memwise.context.policies.loma import LoMA
     from memwise.context.policies.lone_clips import LoneClips
+    from memwise.context.policies.lone_frames import LoneFrames
     from memwise.context.policies.lone_segments import LoneSegments
     from memwise.context.policies.mc_vit import MCViT
     from memwise.context.policies.mean_pooled import MeanPooled
@@ -77,6 +80,7 @@ __all__ = [
     "S3",
     "TOVA",
     "XL3M",
+    "AnchorCache",
     "AttendreLayer",
     "AttendreOften",
     "AttendreRecent",
@@ -85,6 +89,7 @@ __all__ = [
     "CAMELoT",
     "ContextualMemoryReweaving",
     "Endor",
+    "Fairy",
     "FeatureMemory",
     "Finch",
     "FullCache",
@@ -97,6 +102,7 @@ __all__ = [
     "LoMA",
     "Locret",
     "LoneClips",
+    "LoneFrames",
     "LoneSegments",
     "MCViT",
     "Masks",
@@ -131,6 +137,8 @@ __all__ = [
     "bytes_for",
     "consolidate",
     "edited",
+    "follow",
+    "hold",
     "load_heads",
     "prune",
     "relayed",
@@ -148,6 +156,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "S3": ("memwise.context.policies.s3",),
     "TOVA": ("memwise.context.policies.tova", "torch"),
     "XL3M": ("memwise.context.policies.xl3m", "torch"),
+    "AnchorCache": ("memwise.context.engine.anchors", "torch"),
     "AttendreLayer": ("memwise.context.policies.attendre_layer", "torch"),
     "AttendreOften": ("memwise.context.policies.attendre_often", "torch"),
     "AttendreRecent": ("memwise.context.policies.attendre_recent", "torch"),
@@ -156,6 +165,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "CAMELoT": ("memwise.context.policies.camelot", "torch"),
     "ContextualMemoryReweaving": ("memwise.context.policies.contextual_memory_reweaving", "torch"),
     "Endor": ("memwise.context.policies.endor", "torch"),
+    "Fairy": ("memwise.context.policies.fairy", "torch"),
     "FeatureMemory": ("memwise.context.engine.features", "torch"),
     "Finch": ("memwise.context.policies.finch", "torch"),
     "FullCache": ("memwise.context.policies.full_cache", "torch"),
@@ -168,6 +178,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "LoMA": ("memwise.context.policies.loma", "torch"),
     "Locret": ("memwise.context.policies.locret", "torch"),
     "LoneClips": ("memwise.context.policies.lone_clips", "torch"),
+    "LoneFrames": ("memwise.context.policies.lone_frames", "torch"),
     "LoneSegments": ("memwise.context.policies.lone_segments", "torch"),
     "MCViT": ("memwise.context.policies.mc_vit", "torch"),
     "Masks": ("memwise.context.policies.dam4sam", "torch"),
@@ -202,6 +213,8 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "bytes_for": ("memwise.context.engine.host", "torch"),
     "consolidate": ("memwise.context.engine.consolidate", "torch"),
     "edited": ("memwise.context.engine.editor", "torch"),
+    "follow": ("memwise.context.engine.anchors", "torch"),
+    "hold": ("memwise.context.engine.anchors", "torch"),
     "load_heads": ("memwise.context.engine.retaining", "torch"),
     "prune": ("memwise.context.engine.pruning", "torch"),
     "relayed": ("memwise.context.engine.relay", "torch"),
