@@ -32,7 +32,7 @@ class Fairy(FramePolicy):
         better="lower",
         margin=0.25,
         requires=("torch",),
-        negative="frames differ by .27 of what lone frames do, but by .59 with the anchors of other "
+        negative="frames differ by .27 of what lone frames do, but by .59 with anchors of other "
         "clips, and .42 alone with the same noise: a part of the gain is averaging",
     )
 
